@@ -1,0 +1,251 @@
+"""Every setting of a run: typed, bounded, documented once. The reference page is generated from this file.
+
+Sizes that follow from these settings (parameters, FLOPs) are in :mod:`megamoe.config.size`; whether a layout can run at
+all is in :mod:`megamoe.parallel.layout`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A block of settings: unknown keys are errors, values cannot change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Shards = Annotated[list[str], BeforeValidator(_as_list)]
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class RunConfig(Section):
+    """Identity of the run."""
+
+    name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run.")
+    dir: Path | None = Field(None, description="Folder of the run. Default: runs/<run.name>.")
+    seed: Count = Field(0, description="Seed of the initial weights and of the order of samples.")
+
+    @property
+    def folder(self) -> Path:
+        """Folder that holds everything the run writes."""
+        return self.dir if self.dir is not None else Path("runs") / self.name
+
+
+class VisionConfig(Section):
+    """Vision encoder in the SigLIP layout (arXiv:2303.15343): patch convolution, pre-norm blocks, GELU-tanh MLP."""
+
+    image_size: PositiveInt = Field(224, description="Side in pixels to which pictures are resized.")
+    patch_size: PositiveInt = Field(16, description="Side of a patch in pixels; divides image_size.")
+    width: PositiveInt = Field(768, description="Width of the residual stream.")
+    depth: PositiveInt = Field(12, description="Number of blocks.")
+    heads: PositiveInt = Field(12, description="Attention heads; divides width.")
+    mlp_width: PositiveInt = Field(3072, description="Hidden width of a dense block's MLP.")
+    sparse_every: Count = Field(
+        0, description="Every n-th block has experts in place of its MLP (n=2: blocks 1, 3, 5, ...); 0: all dense."
+    )
+    expert_width: PositiveInt = Field(1024, description="Hidden width of one expert in the sparse blocks.")
+    norm_eps: Positive = Field(1e-6, description="Epsilon of the layer norms.")
+
+    @property
+    def patches(self) -> int:
+        """Tokens per picture, in the encoder and, after the projector, in the decoder."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def is_sparse(self, block: int) -> bool:
+        """Whether block ``block`` (from 0) has experts."""
+        return self.sparse_every > 0 and (block + 1) % self.sparse_every == 0
+
+    @model_validator(mode="after")
+    def _divides(self) -> VisionConfig:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+        return self
+
+
+class DecoderConfig(Section):
+    """Language decoder in the Qwen3-MoE layout (arXiv:2505.09388): RMSNorm, RoPE, GQA with q/k norm, SwiGLU."""
+
+    vocab_size: PositiveInt = Field(32000, description="Rows of the embedding; at least the tokenizer's pieces.")
+    width: PositiveInt = Field(1024, description="Width of the residual stream.")
+    depth: PositiveInt = Field(12, description="Number of blocks.")
+    heads: PositiveInt = Field(16, description="Query heads.")
+    kv_heads: PositiveInt = Field(4, description="Key/value heads (grouped-query attention); divides heads.")
+    head_dim: PositiveInt = Field(64, description="Width of one head; even, for rotary positions.")
+    mlp_width: PositiveInt = Field(4096, description="Hidden width of a dense block's SwiGLU.")
+    sparse_every: Count = Field(1, description="Every n-th block has experts in place of its MLP; 0: all dense.")
+    expert_width: PositiveInt = Field(1024, description="Hidden width of one expert in the sparse blocks.")
+    rope_theta: Positive = Field(1e6, description="Base of the rotary position frequencies.")
+    norm_eps: Positive = Field(1e-6, description="Epsilon of the RMS norms.")
+
+    def is_sparse(self, block: int) -> bool:
+        """Whether block ``block`` (from 0) has experts."""
+        return self.sparse_every > 0 and (block + 1) % self.sparse_every == 0
+
+    @model_validator(mode="after")
+    def _divides(self) -> DecoderConfig:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need an even number")
+        return self
+
+
+class MoEConfig(Section):
+    """Sparse blocks of both towers: softmax top-k router in fp32, renormalised weights, dropless."""
+
+    experts: PositiveInt = Field(8, description="Experts per sparse block.")
+    top_k: PositiveInt = Field(2, description="Experts that each token visits.")
+    aux_loss: NonNegative = Field(
+        0.01, description="Weight of the load-balancing loss (arXiv:2101.03961), taken per packed sequence."
+    )
+    z_loss: NonNegative = Field(0.001, description="Weight of the router z-loss (arXiv:2202.08906).")
+
+    @model_validator(mode="after")
+    def _k_of_e(self) -> MoEConfig:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k {self.top_k} is more than experts {self.experts}")
+        return self
+
+
+class ModelConfig(Section):
+    """The vision-language model: encoder, two-layer MLP projector, decoder."""
+
+    vision: VisionConfig = VisionConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    moe: MoEConfig = MoEConfig()
+    init_std: Positive = Field(0.02, description="Standard deviation of the initial weights.")
+    attention: Literal["auto", "sdpa", "flex"] = Field(
+        "auto",
+        description="Kernel for packed sequences: sdpa takes a dense mask, flex a block mask (CUDA); auto picks.",
+    )
+
+
+class ParallelConfig(Section):
+    """How the ranks share the work. Data parallelism is what is left: ranks / pipeline."""
+
+    pipeline: PositiveInt = Field(1, description="Pipeline stages.")
+    expert: PositiveInt = Field(1, description="Ranks that share the experts of a block; divides data parallelism.")
+    zero: Annotated[int, Field(ge=0, le=3, strict=True)] = Field(
+        1, description="ZeRO stage of DeepSpeed: 1, or without a pipeline 2 or 3. 0 is refused: it clips wrongly."
+    )
+    recompute: Literal["none", "block", "offload"] = Field(
+        "none",
+        description="Activations kept for backward: all; only block inputs (torch checkpoint); block inputs moved to "
+        "host memory (fairscale checkpoint_wrapper).",
+    )
+
+
+class DataConfig(Section):
+    """Image-text shards and how they become packed sequences."""
+
+    train: Shards = Field([], description="Training shards: folder, glob, path/{00000..00063}.tar, a::b.")
+    validation: Shards = Field([], description="Held-out shards, same forms; used by eval.")
+    tokenizer: Path | None = Field(None, description="sentencepiece model made by `megamoe data tokenizer`.")
+    sequence_length: PositiveInt = Field(2048, description="Tokens of a packed sequence, picture tokens included.")
+    images_per_sequence: PositiveInt = Field(8, description="Picture slots of a packed sequence.")
+    workers: Count = Field(2, description="Decoding processes per loading rank; 0: decode in the training process.")
+    prefetch: PositiveInt = Field(2, description="Steps that each worker prepares ahead.")
+    shuffle_window: PositiveInt = Field(
+        16384, description="Samples are shuffled within windows of this size, shards over the whole epoch."
+    )
+    index: Path | None = Field(
+        None, description="Folder for indexes of shards that have none beside them. Default: <run.dir>/index."
+    )
+    max_corrupt: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.01, description="Stop when more than this share of the samples read so far could not be used."
+    )
+    audit: bool = Field(False, description="Write the id of each sample trained on to <run.dir>/audit.")
+
+
+class TrainConfig(Section):
+    """Length, batch and number format of the run."""
+
+    steps: PositiveInt = Field(1000, description="Optimizer steps.")
+    global_batch: PositiveInt = Field(64, description="Packed sequences per optimizer step, over all ranks.")
+    micro_batch: PositiveInt = Field(1, description="Packed sequences per forward pass of a rank.")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16 keeps fp32 master weights.")
+
+
+class OptimConfig(Section):
+    """Optimizer, schedule and clipping."""
+
+    name: Literal["adamw", "sgd"] = Field("adamw", description="Optimizer.")
+    lr: Positive = Field(3e-4, description="Peak learning rate.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW: decay of the two moments.")
+    eps: Positive = Field(1e-8, description="AdamW: epsilon.")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="SGD: momentum.")
+    weight_decay: NonNegative = Field(0.1, description="Decoupled decay of matrices; norms and biases have none.")
+    clip: NonNegative = Field(1.0, description="Clip the global gradient norm to this; 0: no clipping.")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="After warm-up: cosine, warmup-stable-decay (arXiv:2404.06395), or constant."
+    )
+    warmup: Count = Field(100, description="Steps of linear warm-up.")
+    decay: Count = Field(0, description="wsd: steps of linear decay at the end; 0: a tenth of the run.")
+    min_lr: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="Final rate as a fraction of the peak.")
+
+    @model_validator(mode="after")
+    def _betas(self) -> OptimConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {list(self.betas)} must lie in [0, 1)")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many stay."""
+
+    every: PositiveInt = Field(500, description="Steps between checkpoints; the last step is always saved.")
+    keep: PositiveInt = Field(3, description="Checkpoints kept; older ones are deleted after a new one is complete.")
+
+
+class MetricsConfig(Section):
+    """What is written for people to look at. metrics.jsonl has every step in any case."""
+
+    tensorboard: bool = Field(True, description="Write TensorBoard event files.")
+    tensorboard_every: PositiveInt = Field(10, description="Steps between scalars and expert loads in TensorBoard.")
+    images_every: Count = Field(200, description="Steps between training pictures in TensorBoard; 0: none.")
+
+
+class LaunchConfig(Section):
+    """How `megamoe train --nproc N` supervises its local processes."""
+
+    max_restarts: Count = Field(3, description="Restarts from the last checkpoint after a rank has died.")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        if self.train.global_batch % self.train.micro_batch:
+            raise ValueError(
+                f"train.micro_batch {self.train.micro_batch} does not divide train.global_batch {self.train.global_batch}"
+            )
+        if self.model.vision.patches + 2 > self.data.sequence_length:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} has no room for one picture of "
+                f"{self.model.vision.patches} tokens and a caption; raise it or model.vision.patch_size"
+            )
+        return self

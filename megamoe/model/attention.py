@@ -1,0 +1,71 @@
+"""Attention within segments of packed sequences, by a dense mask (any device) or a block mask (CUDA)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.weak import WeakIdKeyDictionary
+
+Mask = Tensor | BlockMask
+
+_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def segment_positions(segments_BL: Tensor) -> Tensor:
+    """Position of each token within its segment, from 0. Returns int64 (B, L)."""
+    index_L = torch.arange(segments_BL.shape[1], device=segments_BL.device)
+    starts_BL = torch.ones_like(segments_BL, dtype=torch.bool)
+    starts_BL[:, 1:] = segments_BL[:, 1:] != segments_BL[:, :-1]
+    first_BL = torch.where(starts_BL, index_L, torch.zeros_like(index_L)).cummax(dim=1).values
+    return index_L - first_BL
+
+
+def packed_causal_mask(text_B3L: Tensor, kernel: str) -> Mask:
+    """Which tokens may see which: the same segment, not later. Padding (segment 0) sees padding, to stay finite.
+
+    The mask of the newest tensors is kept, so that the blocks of a stage build it once per micro-batch.
+    """
+    if kernel == "auto":
+        kernel = "flex" if text_B3L.is_cuda else "sdpa"
+    mask: Mask | None = _masks.get(text_B3L)
+    if mask is None:
+        segments_BL = text_B3L[:, 1]
+        mask = _block_mask(segments_BL) if kernel == "flex" else _dense_mask(segments_BL)
+        _masks[text_B3L] = mask
+    return mask
+
+
+def attend(q_BHLd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, mask: Mask | None) -> Tensor:
+    """Scaled dot-product attention; key/value heads are shared by H / G query heads each. Returns (B, H, L, d)."""
+    shared = q_BHLd.shape[1] != k_BGLd.shape[1]
+    if isinstance(mask, BlockMask):
+        # Compiled on CUDA, where it is a kernel; elsewhere the plain version computes the same.
+        kernel = _compiled_flex() if q_BHLd.is_cuda else flex_attention
+        out: Tensor = kernel(q_BHLd, k_BGLd, v_BGLd, block_mask=mask, enable_gqa=shared)
+        return out
+    return F.scaled_dot_product_attention(q_BHLd, k_BGLd, v_BGLd, attn_mask=mask, enable_gqa=shared)
+
+
+def _dense_mask(segments_BL: Tensor) -> Tensor:
+    same_BLL = segments_BL.unsqueeze(1) == segments_BL.unsqueeze(2)
+    return same_BLL.tril().unsqueeze(1)
+
+
+def _block_mask(segments_BL: Tensor) -> BlockMask:
+    B, L = segments_BL.shape
+
+    def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (segments_BL[b, q] == segments_BL[b, k])
+
+    return create_block_mask(visible, B, None, L, L, device=segments_BL.device.type)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=False)

@@ -1,0 +1,126 @@
+"""Sparse block: softmax top-k router in fp32 with renormalised weights, dropless dispatch, auxiliary losses.
+
+The losses are taken per packed sequence and averaged over sequences. A sequence is never split between ranks or
+micro-batches, so no layout changes them (per-batch losses would: they are products of means).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megamoe.config import MoEConfig
+from megamoe.model.experts import Experts
+from megamoe.model.parameter import ExpertShard, matrix
+
+
+class Exchange(Protocol):
+    """Brings rows to the ranks that hold their experts, applies the experts, and brings the results back."""
+
+    def __call__(self, rows_ND: Tensor, counts_E: Tensor, experts: Experts) -> Tensor:
+        """Rows sorted by global expert in, results in the same order out."""
+
+
+class Routing(NamedTuple):
+    """What the router decided for T tokens."""
+
+    weights_TK: Tensor  # fp32, sums to one over K
+    experts_TK: Tensor  # global expert of each choice, best first
+    losses_2: Tensor  # fp32: load-balancing loss, z-loss; each a mean over sequences
+    counts_E: Tensor  # int64: choices per expert among valid tokens
+
+
+class Router(nn.Module):
+    """Scores each token against each expert (arXiv:1701.06538) and takes the best K."""
+
+    def __init__(self, width: int, config: MoEConfig, std: float):
+        super().__init__()
+        self.top_k = config.top_k
+        self.experts = config.experts
+        self.weight = matrix(config.experts, width, std=std)
+
+    def forward(self, x_BSD: Tensor, valid_BS: Tensor) -> Routing:
+        """Route all tokens; those that are not ``valid`` count in no loss and in no load."""
+        logits_BSE = F.linear(x_BSD.float(), self.weight.float())
+        probs_BSE = logits_BSE.softmax(-1)
+        top_BSK, experts_BSK = probs_BSE.topk(self.top_k, dim=-1)
+        weights_BSK = top_BSK / top_BSK.sum(-1, keepdim=True)
+
+        valid_BS1 = valid_BS.unsqueeze(-1).to(probs_BSE.dtype)
+        tokens_B = valid_BS1.sum((1, 2)).clamp_min(1)
+        chosen_BSE = torch.zeros_like(probs_BSE).scatter_(-1, experts_BSK, 1.0) * valid_BS1
+        counts_BE = chosen_BSE.sum(1)
+        share_BE = counts_BE / (tokens_B * self.top_k).unsqueeze(-1)
+        mean_prob_BE = (probs_BSE * valid_BS1).sum(1) / tokens_B.unsqueeze(-1)
+        balance = self.experts * (share_BE * mean_prob_BE).sum(-1).mean()  # 1 when balanced
+        z_BS = logits_BSE.logsumexp(-1).square() * valid_BS1.squeeze(-1)
+        z_loss = (z_BS.sum(1) / tokens_B).mean()
+        return Routing(
+            weights_BSK.flatten(0, 1),
+            experts_BSK.flatten(0, 1),
+            torch.stack((balance, z_loss)),
+            counts_BE.detach().sum(0).long(),
+        )
+
+
+class SparseMLP(nn.Module):
+    """Router and experts in place of an MLP. Dropless: every valid token visits its K experts."""
+
+    def __init__(self, width: int, hidden: int, config: MoEConfig, shard: ExpertShard, std: float, out_std: float):
+        super().__init__()
+        self.router = Router(width, config, std)
+        self.experts = Experts(width, hidden, config.experts, shard, std, out_std)
+        self.exchange: Exchange | None = None  # set by megamoe.parallel when experts live on several ranks
+
+    def forward(self, x_BSD: Tensor, valid_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mix the chosen experts' results.
+
+        Args:
+            x_BSD: Normalised input.
+            valid_BS: False for padding, which visits no expert and comes out as zero.
+
+        Returns:
+            Output (B, S, D), losses (2,) in fp32, choices per expert (E,) as int64.
+        """
+        B, S, D = x_BSD.shape
+        routing = self.router(x_BSD, valid_BS)
+        E, K = self.router.experts, self.router.top_k
+        # Choices of padding sort behind all experts and are cut off.
+        choice_TK = routing.experts_TK.masked_fill(~valid_BS.reshape(-1, 1), E)
+        order_N = choice_TK.flatten().argsort(stable=True)
+        if self.exchange is None:
+            counts = routing.counts_E.tolist()
+            order_N = order_N[: sum(counts)]
+            routed_ND = self.experts(_take_rows(x_BSD.reshape(B * S, D), order_N, K), counts)
+        else:
+            order_N = order_N[: int(routing.counts_E.sum())]
+            rows_ND = _take_rows(x_BSD.reshape(B * S, D), order_N, K)
+            routed_ND = self.exchange(rows_ND, routing.counts_E, self.experts)
+        choices_TKD = routed_ND.new_zeros(B * S * K, D).index_copy(0, order_N, routed_ND).view(B * S, K, D)
+        weights_TK = routing.weights_TK.to(choices_TKD.dtype)
+        out_TD = (weights_TK.unsqueeze(1) @ choices_TKD).squeeze(1)
+        return out_TD.view(B, S, D), routing.losses_2, routing.counts_E
+
+
+def _take_rows(x_TD: Tensor, order_N: Tensor, copies: int) -> Tensor:
+    rows: Tensor = _TakeRows.apply(x_TD, order_N, copies)
+    return rows
+
+
+class _TakeRows(torch.autograd.Function):
+    """``x[order // K]``. Its backward adds the K copies in a fixed order: atomics would not be deterministic."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(order_N)
+        ctx.copies, ctx.tokens = copies, x_TD.shape[0]
+        return x_TD.index_select(0, order_N // copies)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+        (order_N,) = ctx.saved_tensors
+        each = grad_ND.new_zeros(ctx.tokens * ctx.copies, grad_ND.shape[1]).index_copy_(0, order_N, grad_ND)
+        return each.view(ctx.tokens, ctx.copies, -1).sum(1), None, None

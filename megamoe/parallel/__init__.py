@@ -1,0 +1,1 @@
+"""How the ranks share one model: layout, process groups, DeepSpeed engines, expert exchange."""

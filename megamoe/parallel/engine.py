@@ -1,0 +1,280 @@
+"""DeepSpeed engines behind one small interface: one optimizer step over a list of micro-batches.
+
+This file, ``experts.py`` and ``master.py`` are the only ones that know DeepSpeed's internals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec as DeepSpeedLayerSpec
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe import schedule
+from torch import Tensor, nn
+
+from megamoe.config import Config, OptimConfig
+from megamoe.config.size import model_size
+from megamoe.model.parameter import ExpertShard, info_of
+from megamoe.model.stack import (
+    CaptionLoss,
+    LayerSpec,
+    SparseLayer,
+    Stack,
+    build_layer,
+    layer_specs,
+    named_parameters,
+)
+from megamoe.parallel.experts import connect_experts, create_expert_groups, group_name
+from megamoe.parallel.layout import Layout
+from megamoe.parallel.recompute import apply_recompute
+
+MicroBatch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step computed, equal on all ranks. Losses are means over the global batch."""
+
+    loss: float
+    lm_loss: float
+    aux_loss: float
+    z_loss: float
+    grad_norm: float
+    load: dict[str, list[float]]  # sparse layer -> share of the choices that each expert got
+
+
+class TrainEngine:
+    """The model's part on this rank, its optimizer, and one step.
+
+    Attributes:
+        layout: The layout of all ranks.
+        rank: This rank.
+        parameters: Global name -> the parameter's part on this rank.
+        deepspeed: The DeepSpeed engine.
+    """
+
+    def __init__(self, config: Config, layout: Layout, image_token: int, device: torch.device):
+        self.layout, self.rank, self.device = layout, dist.get_rank(), device
+        self._size = model_size(config)
+        self._loss = CaptionLoss(config.model.moe, self._size.sparse_blocks)
+        specs = layer_specs(config.model, image_token)
+        shard = ExpertShard(layout.expert_rank(self.rank), layout.expert)
+        if layout.expert > 1:
+            create_expert_groups(layout)
+        with _quiet():
+            module: nn.Module
+            if layout.pipeline > 1:
+                module = _Pipeline(specs, layout, shard, config.run.seed, self._loss)
+                start, stop = layout.bounds[layout.stage(self.rank)], layout.bounds[layout.stage(self.rank) + 1]
+                layers = list(module.forward_funcs)
+            else:
+                module = Stack(specs, shard, config.run.seed)
+                start, stop = 0, len(specs)
+                layers = list(module.layers)
+            self._layers = dict(zip((spec.name for spec in specs[start:stop]), layers, strict=True))
+            self.parameters = {
+                name: parameter
+                for layer_name, layer in self._layers.items()
+                for name, parameter in named_parameters(layer_name, layer)
+            }
+            module.to(device)
+            connect_experts(module, layout)
+            apply_recompute(module, config.parallel.recompute)
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=_optimizer(config.optim, self.parameters.values(), layout, device),
+                config=_deepspeed_config(config, layout),
+                dist_init_required=False,
+            )
+        if layout.pipeline > 1:
+            _backward_once(self.deepspeed)
+
+    @property
+    def loads_data(self) -> bool:
+        """Whether this rank needs micro-batches: only the first stage does."""
+        return self.layout.stage(self.rank) == 0
+
+    def step(self, micro_batches: Sequence[MicroBatch], targets: int, lr: float) -> StepResult:
+        """Forward and backward over the micro-batches, clip by the global norm, update.
+
+        Args:
+            micro_batches: This rank's part of the global batch; ignored by later stages.
+            targets: Caption tokens in the whole global batch.
+            lr: Learning rate of this step.
+
+        Returns:
+            The losses and the norm. If the norm is not finite the weights are as before, and so is the optimizer.
+        """
+        layout = self.layout
+        self._loss.targets_per_micro_batch = targets / (layout.accumulation * layout.data)
+        for group in self.deepspeed.basic_optimizer.param_groups:
+            group["lr"] = lr
+        if layout.pipeline > 1:
+            self.deepspeed.train_batch(data_iter=self._pipeline_batches(micro_batches))
+        else:
+            self.deepspeed.train()
+            for pixels, text in micro_batches:
+                outputs = self.deepspeed(pixels.to(self.device), text.to(self.device))
+                self.deepspeed.backward(self._loss(outputs))
+                self.deepspeed.step()
+        return self._collect()
+
+    def _pipeline_batches(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch | None, Tensor]]:
+        # DeepSpeed's last stage wants labels; ours travel with the activations.
+        unused = torch.zeros(1)
+        if self.loads_data:
+            return ((micro_batch, unused) for micro_batch in micro_batches)
+        return ((None, unused) for _ in range(self.layout.accumulation))
+
+    def _collect(self) -> StepResult:
+        sparse = [layer.name for layer in self._size.layers if layer.sparse]
+        sums_4 = self._loss.take()
+        parts_4 = torch.zeros(4, dtype=torch.float64)
+        if sums_4 is not None:  # the last stage has them
+            parts_4 = sums_4.double().cpu() / (self.layout.accumulation * self.layout.data)
+        loads: list[Tensor] = []
+        for name in sparse:
+            layer = self._layers.get(name)
+            load_E = layer.load_E if isinstance(layer, SparseLayer) else None
+            loads.append(torch.zeros(self._experts) if load_E is None else load_E.cpu())
+            if isinstance(layer, SparseLayer):
+                layer.load_E = None
+        flat = torch.cat([parts_4, *(load.double() for load in loads)]).to(self.device)
+        dist.all_reduce(flat)
+        values = flat.tolist()
+        load = {}
+        for i, name in enumerate(sparse):
+            counts = values[4 + i * self._experts : 4 + (i + 1) * self._experts]
+            load[name] = [count / max(1.0, sum(counts)) for count in counts]
+        norm = self.deepspeed.get_global_grad_norm()
+        return StepResult(*values[:4], grad_norm=float(norm) if norm is not None else float("nan"), load=load)
+
+    @property
+    def _experts(self) -> int:
+        for layer in self._layers.values():
+            if isinstance(layer, SparseLayer) and hasattr(layer.block.mlp, "router"):
+                return int(layer.block.mlp.router.experts)
+        return 0
+
+
+class _Pipeline(PipelineModule):
+    """Our layers, cut where the layout says."""
+
+    def __init__(self, specs: list[LayerSpec], layout: Layout, shard: ExpertShard, seed: int, loss: CaptionLoss):
+        self._bounds = layout.bounds
+        super().__init__(
+            layers=[_BuildLater(spec, shard, seed) for spec in specs], num_stages=layout.pipeline, loss_fn=loss
+        )
+
+    def _partition_layers(self, method: str = "uniform") -> None:
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self.parts = list(self._bounds)
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+
+class _BuildLater(DeepSpeedLayerSpec):
+    """A layer that only its own stage builds."""
+
+    def __init__(self, spec: LayerSpec, shard: ExpertShard, seed: int):
+        self.typename = nn.Module
+        self._spec, self._shard, self._seed = spec, shard, seed
+
+    def build(self, log: bool = False) -> nn.Module:
+        """Make this rank's part of the layer."""
+        return build_layer(self._spec, self._shard, self._seed)
+
+
+def _backward_once(engine: Any) -> None:
+    """One backward pass per micro-batch in every stage.
+
+    DeepSpeed 0.19.8 calls ``backward`` once per output tensor. Our activations and auxiliary losses share a graph, so
+    that would go twice through all layers below the last router.
+    """
+
+    def backward(self: Any, buffer_id: int) -> None:
+        if self.is_last_stage():
+            type(self)._exec_backward_pass(self, buffer_id)
+            return
+        outputs = [t for t in self.pipe_buffers["outputs"][buffer_id] if t.is_floating_point()]
+        if self.using_bf16_optimizer:
+            self.optimizer.clear_lp_grads()
+        self._running_engine_backward = True
+        try:
+            torch.autograd.backward(outputs, list(self.grad_layer))
+        finally:
+            self._running_engine_backward = False
+        if self.using_bf16_optimizer and not self._config.bfloat16_config.immediate_grad_update:
+            self.optimizer.update_hp_grads(clear_lp_grads=False)
+        self.pipe_buffers["output_tensors"][buffer_id] = None
+        self.pipe_buffers["outputs"][buffer_id] = None
+
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, schedule.BackwardPass: backward}
+
+
+def _optimizer(
+    config: OptimConfig, parameters: Iterable[nn.Parameter], layout: Layout, device: torch.device
+) -> torch.optim.Optimizer:
+    """Matrices decay, vectors do not; experts are a group of their own so that ZeRO shards them over their replicas."""
+    decay, no_decay, experts = [], [], []
+    for parameter in parameters:
+        if info_of(parameter).is_expert and layout.expert > 1:
+            experts.append(parameter)
+        elif parameter.ndim > 1:
+            decay.append(parameter)
+        else:
+            no_decay.append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decay, "name": "matrices", "weight_decay": config.weight_decay},
+        {"params": no_decay, "name": "vectors", "weight_decay": 0.0},
+    ]
+    if experts:
+        name = group_name(layout)
+        groups.append({"params": experts, "name": name, "moe": True, "weight_decay": config.weight_decay})
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _deepspeed_config(config: Config, layout: Layout) -> dict[str, Any]:
+    bf16 = config.train.precision == "bf16"
+    return {
+        "train_batch_size": config.train.global_batch,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": layout.accumulation,
+        "gradient_clipping": config.optim.clip,
+        "bf16": {"enabled": bf16},
+        # Sums of many micro-batches lose bits in bf16.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": layout.zero,
+            "contiguous_gradients": True,
+            "overlap_comm": False,  # its bucket order depends on timing
+            "reduce_scatter": True,
+        },
+        # AdamW and SGD of torch: elementwise updates are the same on a shard.
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep DeepSpeed's banner and prints out of the run's log; its warnings stay."""
+    if os.environ.get("MEGAMOE_DEEPSPEED_LOG"):
+        yield
+        return
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+__all__ = ["MicroBatch", "StepResult", "TrainEngine"]

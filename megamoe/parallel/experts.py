@@ -1,0 +1,126 @@
+"""Expert parallelism: rows travel to the ranks that hold their experts, and back, by all-to-all with variable sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from megamoe.model.experts import Experts
+from megamoe.model.moe import SparseMLP
+from megamoe.model.parameter import info_of
+from megamoe.parallel.layout import Layout
+
+
+class AllToAllExchange:
+    """Dropless dispatch within an expert-parallel group; part i of the experts lives on its i-th rank."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+        self.size = dist.get_world_size(group)
+
+    def __call__(self, rows_ND: Tensor, counts_E: Tensor, experts: Experts) -> Tensor:
+        """Rows sorted by global expert -> the experts' results in the same order. All ranks of the group must call."""
+        counts_E = counts_E.contiguous()
+        received_E = torch.empty_like(counts_E)  # [source rank, expert held here]
+        dist.all_to_all_single(received_E, counts_E, group=self.group)
+        by_source = received_E.view(self.size, -1)
+        send, receive, counts = (
+            part.tolist() for part in (counts_E.view(self.size, -1).sum(1), by_source.sum(1), by_source.sum(0))
+        )
+        arrived_MD = _all_to_all(rows_ND, send, receive, self.group)
+        # Rows arrive by source, then expert; the experts want them by expert.
+        held = by_source.shape[1]
+        expert_M = torch.arange(held, device=rows_ND.device).repeat(self.size).repeat_interleave(received_E)
+        order_M = expert_M.argsort(stable=True)
+        done_MD = experts(_permute(arrived_MD, order_M), counts)
+        back_MD = _permute(done_MD, order_M.argsort())
+        return _all_to_all(back_MD, receive, send, self.group)
+
+
+def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    result: Tensor = _AllToAll.apply(rows, send, receive, group)
+    return result
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        out = rows.new_empty(sum(receive), rows.shape[1])
+        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        out = grad.new_empty(sum(ctx.send), grad.shape[1])
+        dist.all_to_all_single(out, grad.contiguous(), ctx.send, ctx.receive, group=ctx.group)
+        return out, None, None, None
+
+
+def _permute(rows: Tensor, order: Tensor) -> Tensor:
+    result: Tensor = _Permute.apply(rows, order)
+    return result
+
+
+class _Permute(torch.autograd.Function):
+    """``rows[order]`` for a permutation: backward is a copy, not an accumulation."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (order,) = ctx.saved_tensors
+        return torch.empty_like(grad).index_copy_(0, order, grad), None
+
+
+class _ExpertMarker(AutoEPMoELayer):
+    """Tells the DeepSpeed engine that a module tree has expert-parallel parameters.
+
+    The engine looks for its own layer classes. Ours owns routing, losses and dispatch, so only the class is borrowed.
+    """
+
+    def __init__(self, experts: int):
+        nn.Module.__init__(self)
+        self.num_experts = experts
+
+    def set_deepspeed_parallelism(self, *_: object, **__: object) -> None:
+        """The groups exist already."""
+
+    def forward(self, *_: object, **__: object) -> None:
+        """Never called."""
+        raise AssertionError("the marker computes nothing")
+
+
+def group_name(layout: Layout) -> str:
+    """DeepSpeed's name of the expert-parallel groups."""
+    return f"ep_size_{layout.expert}"
+
+
+def create_expert_groups(layout: Layout) -> None:
+    """Make the expert-parallel and expert-data-parallel groups. All ranks must call."""
+    groups._create_expert_and_data_parallel(layout.expert, pp_size=layout.pipeline)
+
+
+def connect_experts(module: nn.Module, layout: Layout) -> None:
+    """Let the sparse blocks of ``module`` reach the experts of other ranks, and mark expert parameters for ZeRO."""
+    if layout.expert == 1:
+        return  # all experts are here: to DeepSpeed they are parameters like any other
+    name = group_name(layout)
+    exchange = AllToAllExchange(groups._get_expert_parallel_group(name))
+    for block in [m for m in module.modules() if isinstance(m, SparseMLP)]:
+        block.exchange = exchange
+        block.deepspeed_marker = _ExpertMarker(block.router.experts)
+    for parameter in module.parameters():
+        if info_of(parameter).is_expert:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = name  # type: ignore[attr-defined]
+            parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+            parameter.ds_zero_partition_group_name = name  # type: ignore[attr-defined]
