@@ -65,18 +65,19 @@ def named_parameters(layer_name: str, layer: nn.Module) -> Iterator[tuple[str, n
         yield f"{layer_name}.{local_name.removeprefix('block.')}", parameter
 
 
-def build_layer(spec: LayerSpec, shard: ExpertShard, seed: int) -> nn.Module:
-    """Build this rank's part of a layer with its initial weights."""
+def build_layer(spec: LayerSpec, shard: ExpertShard, seed: int | None) -> nn.Module:
+    """Build this rank's part of a layer with its initial weights; without a seed they are left unset, for a load."""
     layer = spec.build(shard)
-    for name, parameter in named_parameters(spec.name, layer):
-        initialize(name, parameter, seed)
+    if seed is not None:
+        for name, parameter in named_parameters(spec.name, layer):
+            initialize(name, parameter, seed)
     return layer
 
 
 class Stack(nn.Module):
     """All layers in one process (or all of a rank's part, without a pipeline)."""
 
-    def __init__(self, specs: list[LayerSpec], shard: ExpertShard, seed: int):
+    def __init__(self, specs: list[LayerSpec], shard: ExpertShard, seed: int | None):
         super().__init__()
         self.specs = specs
         self.layers = nn.ModuleList(build_layer(spec, shard, seed) for spec in specs)

@@ -1,0 +1,93 @@
+"""Reading the weights of a run or checkpoint into one process, whatever layout wrote them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed import checkpoint as dcp
+
+from megamoe.checkpoint.pieces import PieceLoadPlanner, flat_slot
+from megamoe.checkpoint.state import TrainState
+from megamoe.checkpoint.store import SafetensorsReader, newest_checkpoint, read_manifest
+from megamoe.config import Config
+from megamoe.data.tokenizer import Tokenizer
+from megamoe.errors import CheckpointError
+from megamoe.model.stack import Stack, layer_specs, named_parameters
+from megamoe.model.parameter import ExpertShard
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model in one process.
+
+    Attributes:
+        config: Config of the run that wrote it.
+        stack: The model, fp32, in eval mode.
+        tokenizer: The run's tokenizer.
+        step: Optimizer steps it was trained for.
+        run: Folder of the run, if the checkpoint lies in one.
+    """
+
+    config: Config
+    stack: Stack
+    tokenizer: Tokenizer
+    step: int
+    run: Path | None
+
+
+def find_checkpoint(source: Path) -> Path:
+    """A checkpoint folder as it is; of a run folder its newest checkpoint.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: no such folder; give a run or a checkpoint")
+    if (source / "manifest.json").is_file():
+        return source
+    newest = newest_checkpoint(source)
+    if newest is None:
+        raise CheckpointError(f"{source}: neither a checkpoint nor a run with one")
+    return newest
+
+
+def load_model(source: Path) -> LoadedModel:
+    """Load the weights of a run's newest checkpoint, or of one checkpoint folder.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or the tokenizer is not the run's.
+    """
+    folder = find_checkpoint(source)
+    state = TrainState.from_json(read_manifest(folder).get("state"), str(folder))
+    config = state.parsed_config(str(folder))
+    if config.data.tokenizer is None:
+        raise CheckpointError(f"checkpoint {folder}: its config names no data.tokenizer")
+    tokenizer = Tokenizer(config.data.tokenizer)
+    if tokenizer.fingerprint != state.tokenizer:
+        raise CheckpointError(f"checkpoint {folder} was made with another tokenizer than {config.data.tokenizer} is now")
+    stack = Stack(layer_specs(config.model, tokenizer.image_id), ExpertShard(), seed=None)
+    slots = []
+    for spec, layer in zip(stack.specs, stack.layers, strict=True):
+        for name, parameter in named_parameters(spec.name, layer):
+            slots.append(flat_slot(f"weight/{name}", tuple(parameter.shape), 0, parameter.detach().view(-1)))
+    read_pieces(folder, PieceLoadPlanner(slots), distributed=False)
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else None
+    return LoadedModel(config, stack.eval().requires_grad_(False), tokenizer, state.step, run)
+
+
+def read_pieces(folder: Path, planner: PieceLoadPlanner, distributed: bool) -> None:
+    """Fill the planner's slots from a checkpoint.
+
+    Raises:
+        CheckpointError: something is missing or damaged.
+    """
+    try:
+        dcp.load({}, storage_reader=SafetensorsReader(folder), planner=planner, no_dist=not distributed)
+    except dcp.api.CheckpointException as error:  # carries the errors of all ranks
+        reason = next(iter(error.failures.values()))[0]
+        raise reason if isinstance(reason, CheckpointError) else CheckpointError(
+            f"checkpoint {folder}: cannot be loaded ({reason})"
+        ) from error
+
+

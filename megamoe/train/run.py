@@ -1,0 +1,95 @@
+"""One rank of `megamoe train`: check everything that can be wrong, then join the others and train."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from megamoe.checkpoint.load import find_checkpoint
+from megamoe.checkpoint.store import newest_checkpoint
+from megamoe.config import Config, dump_config
+from megamoe.data.catalog import ShardSet
+from megamoe.data.index import ensure_indexes
+from megamoe.data.shards import expand_shards
+from megamoe.data.tokenizer import Tokenizer
+from megamoe.errors import DataError, UserError
+from megamoe.metrics.stream import refuse_existing
+from megamoe.parallel.layout import plan_layout
+
+
+def train(config: Config, resume: str) -> None:
+    """Train as rank RANK of WORLD_SIZE.
+
+    Args:
+        config: The resolved config.
+        resume: ``auto`` goes on from the newest checkpoint of the run's folder, if there is one; ``none`` starts a new
+            run; anything else is a run or checkpoint folder to go on from.
+
+    Raises:
+        UserError: the request is wrong; found before any process group is made where it can be.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    layout = plan_layout(config, world_size)
+    checkpoint = resume_point(config, resume)
+    tokenizer = _tokenizer(config)
+    paths = expand_shards(config.data.train)
+    if not paths:
+        raise UserError("data.train is empty: name the training shards, for example data.train=shards/{00000..00063}.tar")
+    index_dir = config.data.index or config.run.folder / "index"
+    if rank == 0:
+        prepare_folder(config)
+        ensure_indexes(paths, index_dir)
+
+    from megamoe.parallel.world import joined_world  # imports DeepSpeed, which takes seconds
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    with joined_world() as device:
+        torch.distributed.barrier()  # rank 0 has made the indexes
+        shards = ShardSet(paths, index_dir)
+        from megamoe.train.trainer import Trainer
+
+        Trainer(config, layout, tokenizer, shards, device, checkpoint, fresh=resume == "none").run()
+
+
+def resume_point(config: Config, resume: str) -> Path | None:
+    """The checkpoint folder that ``--resume`` means, or None for a start from step 0.
+
+    Raises:
+        UserError: ``none`` for a folder that holds a run already.
+        CheckpointError: the named folder has no checkpoint.
+    """
+    if resume == "none":
+        refuse_existing(config.run.folder)
+        return None
+    if resume == "auto":
+        return newest_checkpoint(config.run.folder)
+    return find_checkpoint(Path(resume))
+
+
+def prepare_folder(config: Config) -> None:
+    """Make the run's folder and write the resolved config into it."""
+    folder = config.run.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".config.yaml.{os.getpid()}"
+        temporary.write_text(dump_config(config), encoding="utf-8")
+        os.replace(temporary, folder / "config.yaml")
+    except OSError as error:
+        raise UserError(f"run.dir {folder}: cannot be written ({error.strerror}); free space or choose another") from error
+
+
+def _tokenizer(config: Config) -> Tokenizer:
+    if config.data.tokenizer is None:
+        raise UserError("data.tokenizer is not set: make one with `megamoe data tokenizer SHARDS OUT --vocab-size V`")
+    tokenizer = Tokenizer(config.data.tokenizer)
+    if tokenizer.size > config.model.decoder.vocab_size:
+        raise DataError(
+            f"data.tokenizer {config.data.tokenizer}: has {tokenizer.size} pieces, more than model.decoder.vocab_size "
+            f"{config.model.decoder.vocab_size}; wrong tokenizer, or raise vocab_size"
+        )
+    return tokenizer
+
+

@@ -1,0 +1,50 @@
+"""Counts of a step over all ranks. Decisions are taken from these, so that all ranks take the same."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import torch
+import torch.distributed as dist
+
+from megamoe.data.loader import StepBatch
+from megamoe.errors import DataError
+
+# Before that many samples a single bad one would already be a large share.
+_SAMPLES_BEFORE_LIMIT = 1000
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Over the global batch: labels, non-padding tokens, samples trained on, samples lost, captions cut."""
+
+    targets: int
+    tokens: int
+    samples: int
+    lost: int
+    truncated: int
+
+
+def step_totals(batch: StepBatch | None, device: torch.device) -> StepTotals:
+    """Sum the counts of the ranks that load data; the others pass None. All ranks call."""
+    mine = StepTotals(0, 0, 0, 0, 0)
+    if batch is not None:
+        tokens = sum(int((text[:, 1] > 0).sum()) for _, text in batch.micro_batches)
+        mine = StepTotals(batch.targets, tokens, len(batch.samples), len(batch.lost), batch.truncated)
+    counts = torch.tensor(astuple(mine), dtype=torch.int64, device=device)
+    dist.all_reduce(counts)
+    return StepTotals(*counts.tolist())
+
+
+def check_losses(lost: int, samples: int, max_corrupt: float) -> None:
+    """Stop when too many samples could not be used.
+
+    Raises:
+        DataError: ``lost`` is more than ``max_corrupt`` of all samples read (of at least 1000).
+    """
+    read = max(lost + samples, _SAMPLES_BEFORE_LIMIT)
+    if lost > max_corrupt * read:
+        raise DataError(
+            f"data.max_corrupt {max_corrupt:g}: {lost} of {lost + samples} samples could not be used (named in the "
+            f"run's folder lost/); mend the shards or raise the limit"
+        )

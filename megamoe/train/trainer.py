@@ -1,0 +1,164 @@
+"""The training loop: thin, since each part has its own file."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megamoe import __version__
+from megamoe.checkpoint.checkpointer import Checkpointer
+from megamoe.checkpoint.state import TrainState, check_fits
+from megamoe.checkpoint.store import read_manifest, remove_incomplete
+from megamoe.config import Config
+from megamoe.config.size import model_size
+from megamoe.data.catalog import ShardSet, data_fingerprint
+from megamoe.data.loader import StepBatch, StepLoader
+from megamoe.data.tokenizer import Tokenizer
+from megamoe.errors import NonFiniteError
+from megamoe.metrics.audit import truncate_audit
+from megamoe.parallel.engine import StepResult, TrainEngine
+from megamoe.parallel.layout import Layout
+from megamoe.train.records import RunRecords, truncate_lost
+from megamoe.train.schedule import learning_rate
+from megamoe.train.totals import StepTotals, check_losses, step_totals
+
+_PACKAGES = ("torch", "deepspeed", "safetensors")
+
+
+class Trainer:
+    """One rank of a run, from the first step or from a checkpoint to the last step."""
+
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        tokenizer: Tokenizer,
+        shards: ShardSet,
+        device: torch.device,
+        checkpoint: Path | None,
+        fresh: bool,
+    ):
+        self.config, self.layout, self.device = config, layout, device
+        self.rank = dist.get_rank()
+        self.tokenizer = tokenizer
+        self.fingerprints = {"tokenizer": tokenizer.fingerprint, "data": data_fingerprint(shards)}
+        self.flops_per_step = model_size(config).flops_per_sequence * config.train.global_batch
+        if checkpoint is not None:  # before minutes are spent on building the model
+            state = TrainState.from_json(read_manifest(checkpoint).get("state"), str(checkpoint))
+            check_fits(state, config, source=str(checkpoint), **self.fingerprints)
+        self.engine = TrainEngine(config, layout, tokenizer.image_id, device)
+        self.loader = self._build_loader(shards) if self.engine.loads_data else None
+        self.checkpointer = Checkpointer(config, self.engine)
+        self.step, self.tokens, self.samples, self.lost = 0, 0, 0, 0
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        if self.rank == 0:
+            remove_incomplete(config.run.folder)
+            truncate_audit(config.run.folder, self.step)
+            truncate_lost(config.run.folder, self.step)
+        dist.barrier()
+        self.records = RunRecords(config, self.rank, None if fresh else self.step, tokenizer)
+
+    def run(self) -> None:
+        """Train until ``train.steps`` steps are done.
+
+        Raises:
+            NonFiniteError: loss or gradient is NaN or Inf; nothing was updated by that step.
+            DataError: too many samples cannot be used, or a shard cannot be read.
+            CheckpointError: a checkpoint cannot be written.
+        """
+        try:
+            while self.step < self.config.train.steps:
+                self._step()
+                if self.step % self.config.checkpoint.every == 0 or self.step == self.config.train.steps:
+                    self.checkpointer.save(self._state())
+        finally:
+            self.records.close()
+            if self.loader is not None:
+                self.loader.close()
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        batch = next(self.loader) if self.loader is not None else None
+        totals = step_totals(batch, self.device)
+        self.samples += totals.samples
+        self.tokens += totals.tokens
+        self.lost += totals.lost
+        if totals.lost:
+            if batch is not None:
+                self.records.write_lost(self.step + 1, batch)
+            check_losses(self.lost, self.samples, self.config.data.max_corrupt)
+        lr = learning_rate(self.config.optim, self.step + 1, self.config.train.steps)
+        result = self.engine.step(batch.micro_batches if batch is not None else [], totals.targets, lr)
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise NonFiniteError(
+                f"step {self.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; the step was not applied; "
+                f"lower optim.lr or look at the samples of this step (data.audit=true)"
+            )
+        self.step += 1
+        self.records.write(self._record(result, totals, lr, batch, time.perf_counter() - started), batch)
+
+    def _record(
+        self, result: StepResult, totals: StepTotals, lr: float, batch: StepBatch | None, seconds: float
+    ) -> dict[str, object]:
+        return {
+            "step": self.step,
+            "loss": result.loss,
+            "lm_loss": result.lm_loss,
+            "aux_loss": result.aux_loss,
+            "z_loss": result.z_loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens": self.tokens,
+            "samples": self.samples,
+            "lost": self.lost,
+            "truncated": totals.truncated,
+            "step_seconds": seconds,
+            "data_seconds": batch.wait_seconds if batch is not None else 0.0,
+            "tokens_per_second": totals.tokens / seconds,
+            "model_flops_per_second": self.flops_per_step / seconds,
+            "world_size": self.layout.world_size,
+            "load": result.load,
+        }
+
+    def _build_loader(self, shards: ShardSet) -> StepLoader:
+        config = self.config
+        return StepLoader(
+            config.data,
+            vision=config.model.vision,
+            tokenizer=self.tokenizer,
+            shards=shards,
+            seed=config.run.seed,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            dp_rank=self.layout.data_rank(self.rank),
+            dp_size=self.layout.data,
+        )
+
+    def _state(self) -> TrainState:
+        cursors = torch.zeros(self.config.train.global_batch, dtype=torch.int64, device=self.device)
+        if self.loader is not None:
+            for lane, cursor in self.loader.state_dict().items():
+                cursors[lane] = cursor
+        dist.all_reduce(cursors)
+        return TrainState(
+            step=self.step,
+            tokens=self.tokens,
+            samples=self.samples,
+            lost=self.lost,
+            cursors=cursors.tolist(),
+            config=self.config.model_dump(mode="json"),
+            versions={"megamoe": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
+            **self.fingerprints,
+        )
+
+    def _resume(self, checkpoint: Path) -> None:
+        state = self.checkpointer.load(checkpoint)
+        self.step, self.tokens, self.samples, self.lost = state.step, state.tokens, state.samples, state.lost
+        if self.loader is not None:
+            self.loader.load_state_dict(dict(enumerate(state.cursors)))
