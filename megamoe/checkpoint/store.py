@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -146,15 +145,13 @@ class SafetensorsWriter(StorageWriter):
             data = planner.resolve_data(item)
             assert isinstance(data, torch.Tensor) and item.index.offset is not None
             key = f"{item.index.fqn}@{item.index.offset[0]}"
-            # safetensors refuses views that share memory: all our pieces are views of a flat buffer.
-            tensors[key] = data.detach().cpu().clone()
+            tensors[key] = data
             results.append(WriteResult(item.index, data.numel() * data.element_size(), _Place(name, key)))
         if tensors:
             path = self.folder / name
             try:
-                save_file(tensors, path)
-                _sync_file(path)
-            except (OSError, SafetensorError) as error:
+                _write_safetensors(path, tensors)
+            except OSError as error:
                 raise CheckpointError(f"checkpoint {path}: cannot be written ({error}); free space or move run.dir") from None
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -264,6 +261,27 @@ class SafetensorsReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
         """Folders only."""
         return isinstance(checkpoint_id, str | os.PathLike)
+
+
+def _write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Stream tensors into a safetensors file and bring it to the disk.
+
+    The library's own writer refuses views that share memory, which all our pieces do (they are ranges of flat buffers);
+    cloning them would double the host memory of a save. The format: length of the header, JSON header, bytes.
+    """
+    header, end = {}, 0
+    for key, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        kind = {torch.float32: "F32", torch.uint8: "U8"}[tensor.dtype]
+        header[key] = {"dtype": kind, "shape": [tensor.numel()], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(memoryview(tensor.detach().cpu().numpy()))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_file(path: Path) -> None:

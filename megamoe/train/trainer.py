@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from megamoe.errors import NonFiniteError
 from megamoe.metrics.audit import truncate_audit
 from megamoe.parallel.engine import StepResult, TrainEngine
 from megamoe.parallel.layout import Layout
+from megamoe.parallel.memory import peak_memory, predict_memory
 from megamoe.train.records import RunRecords, truncate_lost
 from megamoe.train.schedule import learning_rate
 from megamoe.train.totals import StepTotals, check_losses, step_totals
@@ -77,6 +79,7 @@ class Trainer:
                 self._step()
                 if self.step % self.config.checkpoint.every == 0 or self.step == self.config.train.steps:
                     self.checkpointer.save(self._state())
+            self._report_memory()
         finally:
             self.records.close()
             if self.loader is not None:
@@ -125,6 +128,16 @@ class Trainer:
             "world_size": self.layout.world_size,
             "load": result.load,
         }
+
+    def _report_memory(self) -> None:
+        """Write RUN/memory.json: for each rank the predicted and the measured peak, in bytes."""
+        predicted = predict_memory(self.config, self.layout, self.layout.stage(self.rank))
+        mine = torch.tensor([predicted.total, peak_memory(self.device)], dtype=torch.int64, device=self.device)
+        everyone = [torch.zeros_like(mine) for _ in range(self.layout.world_size)]
+        dist.all_gather(everyone, mine)
+        if self.rank == 0:
+            rows = [{"rank": rank, "predicted": p, "peak": m} for rank, (p, m) in enumerate(t.tolist() for t in everyone)]
+            (self.config.run.folder / "memory.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
     def _build_loader(self, shards: ShardSet) -> StepLoader:
         config = self.config

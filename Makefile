@@ -1,0 +1,41 @@
+# Every target does the set-up that it needs; what is there already is not done again.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP_INSTALL := $(PIP) install --quiet --constraint constraints.txt
+SOURCES := megamoe launcher data_tools tests
+
+.PHONY: help install demo test lint clean
+.DEFAULT_GOAL := help
+
+help: ## Show these lines
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+install: $(INSTALLED) ## Install MegaMoE with its pinned dependencies into .venv
+
+demo: $(INSTALLED) ## Make shards, train a small model on 4 processes, kill one, evaluate, write the report
+	$(BIN)/megamoe demo
+
+test: $(INSTALLED) ## Run all tests
+	$(BIN)/python -m pytest -q
+
+lint: $(INSTALLED) ## Check style, format and types
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+clean: ## Remove .venv and caches; runs/ and data/ stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch comes first: deepspeed and fairscale are source distributions whose build imports it, so they are built
+# without isolation. DS_BUILD_OPS=0 leaves DeepSpeed's C++/CUDA ops to be compiled at first use.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; \
+	    sys.exit(None if v >= (3, 11) else f"MegaMoE needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}; run: make PYTHON=python3.12 $(or $(MAKECMDGOALS),install)")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch numpy setuptools wheel ninja packaging
+	DS_BUILD_OPS=0 $(PIP_INSTALL) --no-build-isolation deepspeed fairscale
+	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@

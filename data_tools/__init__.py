@@ -1,0 +1,1 @@
+"""Makes and keeps shards: the verbs of `megamoe data`."""

@@ -1,0 +1,1 @@
+"""Starts the ranks of a run and keeps them going."""

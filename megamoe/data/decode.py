@@ -1,0 +1,149 @@
+"""From the bytes of a member to pixels and text; what is damaged is found here, not guessed at.
+
+A picture is resized straight to a square: the aspect ratio is not kept, nothing is cut off. JPEGs larger than that are
+first scaled down in the DCT by libjpeg-turbo to no less than the target, then by Pillow (bicubic, antialiased).
+
+``simplejpeg`` in strict mode decodes JPEGs, since it rejects bit damage that other decoders pass over; PNG chunks are
+held against their CRC, which Pillow does not do for pixel data; WebP has no checksums, so there only damage that breaks
+the stream is found.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 64 * 1024 * 1024  # a header that claims more is taken for a decompression bomb
+_ORIENTATION = 0x0112
+_EXIF_AREA = 1 << 16  # Exif lies in one of the first segments of a JPEG
+_PNG = b"\x89PNG\r\n\x1a\n"
+_ROTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class CorruptSample(Exception):
+    """One sample cannot be used; the message is the reason. The reader goes on with the next and counts it as lost."""
+
+
+def decode_image(data: bytes, size: int) -> npt.NDArray[np.uint8]:
+    """Decode a JPEG, PNG or WebP (told by its first bytes, not by its name) to RGB.
+
+    Transparency is laid on white, the Exif orientation is applied, and of an animation the first frame is taken.
+
+    Args:
+        data: the file's bytes.
+        size: side of the result in pixels.
+
+    Returns:
+        uint8 (size, size, 3).
+
+    Raises:
+        CorruptSample: empty, no picture, cut, damaged, or of more than ``MAX_PIXELS``.
+    """
+    if not data:
+        raise CorruptSample("image: empty")
+    try:
+        if data[:3] == b"\xff\xd8\xff":
+            image = _jpeg(data, size)
+        elif data[:8] == _PNG:
+            _check_png(data)
+            image = _pillow(data, "PNG", size)
+        elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+            image = _pillow(data, "WEBP", size)
+        else:
+            raise CorruptSample(f"image: not a JPEG, PNG or WebP (begins with {data[:12]!r})")
+    except (CorruptSample, MemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # decoders answer bad bytes with errors of every type: ValueError, OSError, SyntaxError ...
+        raise CorruptSample(f"image: {' '.join(str(error).split()) or type(error).__name__}") from error
+    return np.asarray(image, dtype=np.uint8)
+
+
+def decode_caption(data: bytes, ext: str) -> str:
+    """Text of a ``txt`` member, or the ``"caption"`` of a ``json`` one, without white space around it.
+
+    Raises:
+        CorruptSample: not UTF-8, no such key, or empty.
+    """
+    try:
+        text = data.decode("utf-8") if ext == "txt" else json.loads(data.decode("utf-8"))["caption"]
+        text = text.strip()
+        text.encode("utf-8")  # JSON can spell half of a surrogate pair
+    except UnicodeError as error:
+        raise CorruptSample("caption: not UTF-8") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptSample("caption: no text under 'caption' in the JSON") from error
+    if not text:
+        raise CorruptSample("caption: empty")
+    return str(text)
+
+
+def _jpeg(data: bytes, size: int) -> Image.Image:
+    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    _check_pixels(width, height)
+    if colorspace in ("CMYK", "YCCK"):  # simplejpeg has no colour conversion for these
+        return _pillow(data, "JPEG", size)
+    pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=size, min_width=size, strict=True)
+    image = _resize(Image.fromarray(pixels), size)
+    if b"Exif\0\0" not in data[:_EXIF_AREA]:
+        return image
+    with Image.open(io.BytesIO(data), formats=["JPEG"]) as header:
+        rotation = _ROTATIONS.get(header.getexif().get(_ORIENTATION, 1))
+    return image if rotation is None else image.transpose(rotation)  # after the resize: the result is a square anyway
+
+
+def _pillow(data: bytes, kind: str, size: int) -> Image.Image:
+    with Image.open(io.BytesIO(data), formats=[kind]) as image:
+        _check_pixels(*image.size)
+        image.load()
+        return _resize(_rgb(ImageOps.exif_transpose(image)), size)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion differs between versions
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _resize(image: Image.Image, size: int) -> Image.Image:
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width < 1 or height < 1 or width * height > MAX_PIXELS:
+        raise CorruptSample(f"image: {width} x {height} pixels, more than {MAX_PIXELS} in all")
+
+
+def _check_png(data: bytes) -> None:
+    at = len(_PNG)
+    while at + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, at)
+        end = at + 12 + length
+        if end > len(data):
+            break
+        if zlib.crc32(data[at + 4 : end - 4]) != struct.unpack_from(">I", data, end - 4)[0]:
+            raise CorruptSample("image: damaged PNG (wrong CRC)")
+        if data[at + 4 : at + 8] == b"IEND":
+            return
+        at = end
+    raise CorruptSample("image: truncated PNG")

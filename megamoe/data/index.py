@@ -1,0 +1,282 @@
+"""The index of a shard: where each sample's picture and caption lie in the tar, made in one pass, read in an instant.
+
+A sample is what WebDataset takes for one: adjacent members whose names agree up to the first dot of the base name.
+It needs a picture (``jpg``, ``jpeg``, ``png``, ``webp``; the first in the tar if there are several) and a caption
+(``txt``, else the ``"caption"`` of its ``json``). Samples that lack one, and keys that come twice, are left out,
+counted and named.
+
+The file is NumPy's ``npz`` without pickles. It lies beside its shard as ``NAME.tar.idx`` or in a folder of indexes,
+under a name that tells equal file names of different folders apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megamoe.data.files import atomic_file
+from megamoe.data.tar import Member, open_for_walk, walk
+from megamoe.errors import DataError
+
+FORMAT = 1
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+TEXT_EXTENSIONS = ("txt", "json")
+_EXTENSIONS = IMAGE_EXTENSIONS + TEXT_EXTENSIONS  # an extension is stored as its place in here
+_NAME = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$", re.DOTALL)  # key and extension, as webdataset splits them
+_META = re.compile(r"__[^/]*__($|/)")  # webdataset's names for what is no sample
+
+
+class SampleEntry(NamedTuple):
+    """Where one sample lies: offsets and sizes in bytes of the members' contents in the tar."""
+
+    key: str
+    image_offset: int
+    image_size: int
+    image_ext: str
+    text_offset: int
+    text_size: int
+    text_ext: str
+
+
+@dataclass(frozen=True)
+class IndexHeader:
+    """What can be known of a shard without reading its offsets."""
+
+    format: int
+    shard: str
+    bytes: int
+    mtime_ns: int
+    samples: int
+    incomplete: int
+    duplicates: int
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Offsets of all samples of one shard. ``table`` is int64 (samples, 6): the fields of an entry after the key."""
+
+    header: IndexHeader
+    table: npt.NDArray[np.int64]
+    keys: npt.NDArray[np.uint8]
+    key_ends: npt.NDArray[np.int64]
+    incomplete: list[tuple[str, str]] = field(default_factory=list)
+    duplicates: list[str] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        """Number of complete samples."""
+        return self.header.samples
+
+    def key(self, i: int) -> str:
+        """Key of sample ``i``."""
+        start = int(self.key_ends[i - 1]) if i else 0
+        return self.keys[start : int(self.key_ends[i])].tobytes().decode("utf-8")
+
+    def sample(self, i: int) -> SampleEntry:
+        """Entry of sample ``i`` in the order of the tar."""
+        image_offset, image_size, image_ext, text_offset, text_size, text_ext = self.table[i].tolist()
+        image_ext, text_ext = _EXTENSIONS[image_ext], _EXTENSIONS[text_ext]
+        return SampleEntry(self.key(i), image_offset, image_size, image_ext, text_offset, text_size, text_ext)
+
+
+def build_index(shard: Path) -> ShardIndex:
+    """Read the headers of ``shard`` once, front to back.
+
+    Raises:
+        DataError: it cannot be opened, is no whole tar, holds no complete sample, or changes while it is read.
+    """
+    rows: list[tuple[int, ...]] = []
+    keys: list[bytes] = []
+    incomplete: list[tuple[str, str]] = []
+    duplicates: list[str] = []
+    seen: set[str] = set()
+    file, before = open_for_walk(shard)
+    with file:
+        for key, members in _groups(walk(shard, file, before.st_size)):
+            if key in seen:
+                duplicates.append(key)
+                continue
+            seen.add(key)
+            image = next((ext for ext in members if ext in IMAGE_EXTENSIONS), None)
+            text = next((ext for ext in TEXT_EXTENSIONS if ext in members), None)
+            if text == "json" and not _has_caption(file, members["json"]):
+                text = None
+            if image is None or text is None:
+                missing = [what for what, ext in (("picture", image), ("caption", text)) if ext is None]
+                incomplete.append((key, f"no {' and no '.join(missing)}"))
+                continue
+            rows.append((*members[image][1:], _EXTENSIONS.index(image), *members[text][1:], _EXTENSIONS.index(text)))
+            keys.append(key.encode("utf-8"))
+        after = os.fstat(file.fileno())
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise DataError(f"shard {shard}: changed while it was read; wait until it is written")
+    if not rows:
+        why = f"its first group {incomplete[0][0]!r} has {incomplete[0][1]}" if incomplete else "the tar is empty"
+        raise DataError(f"shard {shard}: no samples ({why}); a sample is KEY.jpg with KEY.txt, one after the other")
+    header = IndexHeader(
+        FORMAT, shard.name, before.st_size, before.st_mtime_ns, len(rows), len(incomplete), len(duplicates)
+    )
+    return ShardIndex(
+        header,
+        np.asarray(rows, dtype=np.int64),
+        np.frombuffer(b"".join(keys), dtype=np.uint8),
+        np.cumsum([len(key) for key in keys], dtype=np.int64),
+        incomplete,
+        duplicates,
+    )
+
+
+def write_index(index: ShardIndex, path: Path) -> None:
+    """Write ``index`` so that ``path`` is whole or absent."""
+    problems = {"incomplete": index.incomplete, "duplicates": index.duplicates}
+    with atomic_file(path) as file:
+        np.savez(
+            file,
+            allow_pickle=False,
+            header=_json_array(asdict(index.header)),
+            table=index.table,
+            keys=index.keys,
+            key_ends=index.key_ends,
+            problems=_json_array(problems),
+        )
+
+
+def index_path(shard: Path, index_dir: Path | None) -> Path:
+    """The file that holds, or would hold, the index of ``shard``: beside it if that exists, else in ``index_dir``.
+
+    Without ``index_dir`` it is the one beside the shard in any case.
+    """
+    beside = shard.with_name(f"{shard.name}.idx")
+    if index_dir is None or beside.exists():
+        return beside
+    where = hashlib.sha256(os.fsencode(os.path.realpath(shard))).hexdigest()[:16]
+    return index_dir / f"{shard.stem}-{where}.tar.idx"
+
+
+def load_header(shard: Path, index_dir: Path | None) -> IndexHeader:
+    """The header of the index of ``shard``, without its offsets.
+
+    Raises:
+        DataError: as for :func:`load_index`.
+    """
+    path = index_path(shard, index_dir)
+    with _open_index(path, shard) as arrays:
+        return _checked_header(arrays, path, shard)
+
+
+def load_index(shard: Path, index_dir: Path | None) -> ShardIndex:
+    """The index of ``shard``.
+
+    Raises:
+        DataError: the shard or its index is missing, the index cannot be read, or it is older than its shard.
+    """
+    path = index_path(shard, index_dir)
+    with _open_index(path, shard) as arrays:
+        header = _checked_header(arrays, path, shard)
+        try:
+            problems = json.loads(arrays["problems"].tobytes())
+            index = ShardIndex(
+                header,
+                arrays["table"],
+                arrays["keys"],
+                arrays["key_ends"],
+                [(key, why) for key, why in problems["incomplete"]],
+                problems["duplicates"],
+            )
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise DataError(f"index {path}: damaged; run `megamoe data index {shard}`") from error
+    if index.table.shape != (header.samples, 6) or len(index.key_ends) != header.samples:
+        raise DataError(f"index {path}: damaged; run `megamoe data index {shard}`")
+    return index
+
+
+def ensure_indexes(shards: Sequence[Path], index_dir: Path | None) -> None:
+    """Make the indexes that do not exist yet, with progress on stderr. For one process, before others load them.
+
+    Raises:
+        DataError: a shard cannot be used, or an index that exists is older than its shard or damaged.
+    """
+    missing = []
+    for shard in shards:
+        if index_path(shard, index_dir).exists():
+            load_header(shard, index_dir)
+        else:
+            missing.append(shard)
+    if not missing:
+        return
+    from tqdm import tqdm
+
+    for shard in tqdm(missing, desc="index", unit="shard", file=sys.stderr, disable=None):
+        write_index(build_index(shard), index_path(shard, index_dir))
+
+
+def _groups(members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Adjacent members with one key. An extension that comes twice begins a new group: nothing is overwritten."""
+    current: str | None = None
+    group: dict[str, Member] = {}
+    for member in members:
+        match = _NAME.match(member.name)
+        if match is None or _META.match(member.name):
+            continue
+        key, ext = match.group(1), match.group(2).lower()
+        if key != current or ext in group:
+            if current is not None:
+                yield current, group
+            current, group = key, {}
+        group[ext] = member
+    if current is not None:
+        yield current, group
+
+
+def _has_caption(file: BinaryIO, member: Member) -> bool:
+    here = file.tell()
+    file.seek(member.offset)
+    try:
+        content = json.loads(file.read(member.size))
+    except ValueError:
+        return False
+    finally:
+        file.seek(here)
+    return isinstance(content, dict) and isinstance(content.get("caption"), str)
+
+
+def _json_array(content: object) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(json.dumps(content).encode("utf-8"), dtype=np.uint8)
+
+
+def _open_index(path: Path, shard: Path) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise DataError(f"shard {shard}: has no index; run `megamoe data index {shard}`") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"index {path}: damaged; run `megamoe data index {shard}`") from error
+
+
+def _checked_header(arrays: Any, path: Path, shard: Path) -> IndexHeader:
+    try:
+        content = json.loads(arrays["header"].tobytes())
+        version = content["format"]
+        header = IndexHeader(**content) if version == FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise DataError(f"index {path}: damaged; run `megamoe data index {shard}`") from error
+    if header is None:
+        raise DataError(f"index {path}: format {version}, not {FORMAT}; run `megamoe data index {shard}`")
+    try:
+        state = shard.stat()
+    except OSError as error:
+        raise DataError(f"shard {shard}: cannot be read ({error.strerror}); check the path") from error
+    if state.st_size != header.bytes or state.st_mtime_ns > header.mtime_ns:
+        raise DataError(f"index {path} is older than its shard {shard}: run `megamoe data index {shard}`")
+    return header

@@ -1,0 +1,229 @@
+"""The part of each optimizer step that belongs to one data-parallel rank.
+
+The global batch has ``global_batch`` slots, each fed by one lane. With B sequences per micro-batch and D data-parallel
+ranks, micro-batch i of rank d holds the lanes ``(i * D + d) * B`` to ``(i * D + d) * B + B - 1``. A lane does not know
+who carries it, so the global batch of a step is the same, bit for bit, for every D, every B and any number of workers.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import multiprocessing.connection
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from megamoe.config.schema import DataConfig, VisionConfig
+from megamoe.data.catalog import ShardSet
+from megamoe.data.lane import LostSample
+from megamoe.data.pack import PackShape
+from megamoe.data.tokenizer import Tokenizer
+from megamoe.data.worker import LaneStream, WorkerError, WorkerItem, start_worker
+from megamoe.errors import DataError, UserError
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One optimizer step of one rank.
+
+    Attributes:
+        micro_batches: pairs of pixels uint8 (B, I, H, W, 3) and text int64 (B, 3, L), in the order to run them.
+        samples: (slot, sample id) of each sample in them, in that order.
+        lost: samples that could not be used and were replaced by the next of their lane.
+        truncated: captions that were cut to fit an empty sequence.
+        targets: labels to predict on this rank in this step.
+        cursors: lane -> its state after this step.
+        wait_seconds: time that the caller was kept waiting for this step.
+    """
+
+    micro_batches: list[tuple[Tensor, Tensor]]
+    samples: list[tuple[int, str]]
+    lost: list[LostSample]
+    truncated: int
+    targets: int
+    cursors: dict[int, int]
+    wait_seconds: float
+
+
+class StepLoader(Iterator[StepBatch]):
+    """Iterates over optimizer steps without end. Close it, or use it in a ``with`` statement.
+
+    Args:
+        data: section ``data`` of the config.
+        vision: section ``model.vision``.
+        tokenizer: the text vocabulary.
+        shards: the training shards with their indexes.
+        seed: seed of the order.
+        global_batch: sequences of an optimizer step over all ranks.
+        micro_batch: sequences of one forward pass of this rank.
+        dp_rank: this rank among the data-parallel ranks.
+        dp_size: number of data-parallel ranks.
+
+    Raises:
+        UserError: the global batch is not a whole number of micro-batches on each rank.
+        DataError: while iterating: a shard cannot be read, or too many samples in a row are corrupt.
+        RuntimeError: while iterating: a worker process died.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        *,
+        vision: VisionConfig,
+        tokenizer: Tokenizer,
+        shards: ShardSet,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        dp_rank: int,
+        dp_size: int,
+    ) -> None:
+        assert 0 <= dp_rank < dp_size
+        if global_batch % (micro_batch * dp_size):
+            raise UserError(
+                f"train.global_batch {global_batch}: not a multiple of train.micro_batch {micro_batch} x {dp_size} "
+                "data-parallel ranks; change one of them"
+            )
+        rounds = range(global_batch // (micro_batch * dp_size))
+        firsts = [(i * dp_size + dp_rank) * micro_batch for i in rounds]
+        self._micro_batches = [list(range(first, first + micro_batch)) for first in firsts]
+        self._cursors = {lane: 0 for lanes in self._micro_batches for lane in lanes}
+        self._workers = min(data.workers, len(self._cursors))
+        self._prefetch = data.prefetch
+        self._make_stream = partial(
+            LaneStream,
+            shards=shards,
+            tokenizer=tokenizer,
+            shape=PackShape(data.sequence_length, data.images_per_sequence, vision.image_size, vision.patches),
+            seed=seed,
+            global_batch=global_batch,
+            shuffle_window=data.shuffle_window,
+        )
+        self._global_batch = global_batch
+        self._items: Any = None  # the running iterator, in process or over workers
+
+    def __next__(self) -> StepBatch:
+        start = time.perf_counter()
+        if self._items is None:
+            self._items = self._start()
+        try:
+            items = [self._receive() for _ in range(max(1, self._workers))]
+        except BaseException:
+            self.close()
+            raise
+        return self._assemble(items, start)
+
+    def state_dict(self) -> dict[int, int]:
+        """Lane -> position of its next sample, for this rank's lanes, after the steps handed out so far."""
+        return dict(self._cursors)
+
+    def load_state_dict(self, cursors: Mapping[int, int]) -> None:
+        """Go on from ``cursors``, the states of all lanes whoever carried them; this rank takes its own.
+
+        Raises:
+            DataError: they are not those of ``global_batch`` lanes.
+        """
+        if sorted(cursors) != list(range(self._global_batch)):
+            raise DataError(
+                f"data state: holds {len(cursors)} lanes, but train.global_batch is {self._global_batch}; "
+                "go on with the global batch that the checkpoint was made with"
+            )
+        self.close()
+        self._cursors = {lane: int(cursors[lane]) for lane in self._cursors}
+
+    def close(self) -> None:
+        """End the workers. What they had prepared is dropped; the state is that of the last step handed out."""
+        items, self._items = self._items, None
+        atexit.unregister(self.close)
+        if items is None:
+            return
+        if not self._workers:
+            items.close()
+            return
+        workers = list(items._workers)  # torch has no public way to end the workers of an iterator at a given time
+        items._shutdown_workers()
+        for worker in workers:
+            if worker.is_alive():  # deaf to SIGTERM, and perhaps stuck in a read
+                worker.kill()
+
+    def __enter__(self) -> StepLoader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self) -> Any:
+        stream = self._make_stream(self._cursors)
+        if not self._workers:
+            return iter(stream)
+        # a fork server starts workers from a clean process (no CUDA, no threads) that has imported torch only once
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["megamoe.data.worker"])
+        loader = DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=self._workers,
+            prefetch_factor=self._prefetch,
+            multiprocessing_context=context,
+            worker_init_fn=start_worker,
+            generator=torch.Generator(),  # or it would draw from the global one, and change what the model draws
+        )
+        atexit.register(self.close)  # before multiprocessing waits for workers that nobody told to end
+        return iter(loader)
+
+    def _receive(self) -> WorkerItem:
+        try:
+            item = next(self._items)
+        except (RuntimeError, OSError, EOFError) as error:  # also what reading from a dead worker's socket gives
+            dead = self._dead_workers()
+            if not dead:
+                raise
+            raise RuntimeError(
+                f"data worker {', '.join(dead)} died; if it was killed for memory, lower data.workers or data.prefetch"
+            ) from error
+        if isinstance(item, WorkerError):
+            raise DataError(item.message)
+        assert isinstance(item, WorkerItem)
+        return item
+
+    def _dead_workers(self) -> list[str]:
+        workers = list(getattr(self._items, "_workers", []))
+        if workers:  # a connection breaks a moment before its process is known to be gone
+            multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+        return [
+            f"{number} (pid {worker.pid}, exit code {worker.exitcode})"
+            for number, worker in enumerate(workers)
+            if not worker.is_alive()
+        ]
+
+    def _assemble(self, items: list[WorkerItem], start: float) -> StepBatch:
+        owner = {lane: item for item in items for lane in item.lanes}
+        rows = {lane: item.lanes[lane] for lane, item in owner.items()}
+        lanes = [lane for batch in self._micro_batches for lane in batch]
+        micro_batches = [
+            (
+                torch.stack([owner[lane].pixels[rows[lane].row] for lane in batch]),
+                torch.stack([owner[lane].text[rows[lane].row] for lane in batch]),
+            )
+            for batch in self._micro_batches
+        ]
+        self._cursors = {lane: rows[lane].cursor for lane in lanes}
+        return StepBatch(
+            micro_batches,
+            samples=[(lane, name) for lane in lanes for name in rows[lane].samples],
+            lost=[LostSample(lane, name, reason) for lane in lanes for name, reason in rows[lane].lost],
+            truncated=sum(row.truncated for row in rows.values()),
+            targets=sum(row.targets for row in rows.values()),
+            cursors=dict(self._cursors),
+            wait_seconds=time.perf_counter() - start,
+        )

@@ -1,0 +1,96 @@
+"""Shards read front to back, sample by sample: what evaluation and the data tools need."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megamoe.data.decode import CorruptSample, decode_caption, decode_image
+from megamoe.data.index import SampleEntry, build_index, index_path, load_index
+from megamoe.data.shards import expand_shards, shard_labels
+from megamoe.data.storage import Storage
+
+logger = logging.getLogger(__name__)
+OnLost = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A decoded sample: ``<shard>#<key>``, uint8 (H, W, 3), text."""
+
+    id: str
+    image: npt.NDArray[np.uint8]
+    caption: str
+
+
+def read_samples(
+    specs: Sequence[str],
+    index_dir: Path | None,
+    image_size: int,
+    limit: int | None = None,
+    on_lost: OnLost | None = None,
+) -> Iterator[Sample]:
+    """Yield the samples of the shards in their order, at most ``limit``, pictures resized to ``image_size``.
+
+    ``on_lost(id, reason)`` is called for each sample that cannot be used, incomplete ones and second ones of a key
+    included; without it each is logged as a warning.
+    """
+    given = 0
+    storage = Storage()
+    lose = on_lost or _log
+    with closing(storage):
+        for name, path, entry in _entries(specs, index_dir, lose):
+            if limit is not None and given >= limit:
+                return
+            try:
+                caption = _caption(storage, path, entry)
+                data = storage.read(path, entry.image_offset, entry.image_size)
+                sample = Sample(name, decode_image(data, image_size), caption)
+            except CorruptSample as corrupt:
+                lose(name, str(corrupt))
+                continue
+            given += 1
+            yield sample
+
+
+def read_captions(specs: Sequence[str], index_dir: Path | None = None, on_lost: OnLost | None = None) -> Iterator[str]:
+    """Yield the captions of the shards in order, no picture decoded; lost ones as in :func:`read_samples`."""
+    storage = Storage()
+    lose = on_lost or _log
+    with closing(storage):
+        for name, path, entry in _entries(specs, index_dir, lose):
+            try:
+                caption = _caption(storage, path, entry)
+            except CorruptSample as corrupt:
+                lose(name, str(corrupt))
+                continue
+            yield caption
+
+
+def _entries(specs: Sequence[str], index_dir: Path | None, lose: OnLost) -> Iterator[tuple[str, Path, SampleEntry]]:
+    shards = expand_shards(specs)
+    for shard, label in zip(shards, shard_labels(shards), strict=True):
+        # reading writes nothing: where there is no index it is made for this pass only
+        exists = index_path(shard, index_dir).exists()
+        index = load_index(shard, index_dir) if exists else build_index(shard)
+        for key, why in index.incomplete:
+            lose(f"{label}#{key}", why)
+        for key in index.duplicates:
+            lose(f"{label}#{key}", "key comes twice")
+        for i in range(index.samples):
+            entry = index.sample(i)
+            yield f"{label}#{entry.key}", shard, entry
+
+
+def _caption(storage: Storage, path: Path, entry: SampleEntry) -> str:
+    return decode_caption(storage.read(path, entry.text_offset, entry.text_size), entry.text_ext)
+
+
+def _log(name: str, reason: str) -> None:
+    logger.warning("sample %s was left out: %s", name, reason)

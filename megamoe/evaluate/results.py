@@ -1,0 +1,100 @@
+"""Where the figures of an evaluation go: RUN/eval.json and RUN/eval/<name>.jsonl.
+
+The split called ``validation`` is the top level of eval.json; all others are under ``splits``. A file that is there is
+added to: an evaluation replaces its own figures and leaves those of other splits.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from megamoe.data.files import atomic_file
+from megamoe.errors import UserError
+
+MAIN_SPLIT = "validation"
+RESULTS_FILE = "eval.json"
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # it becomes the name of a file
+
+
+def results_folder(source: Path) -> Path:
+    """The folder of the figures of ``source``, a run or a checkpoint.
+
+    It is the run, also for one of its checkpoints. A checkpoint without a run has its figures beside it, since a
+    checkpoint is complete and does not change.
+    """
+    source = source.resolve()
+    if (source / "checkpoints").is_dir():
+        return source
+    return source.parent.parent if source.parent.name == "checkpoints" else source.parent
+
+
+def check_name(name: str) -> None:
+    """Refuse a name of a split that cannot be the name of a file.
+
+    Raises:
+        UserError: it has other characters than letters, digits, ``.``, ``_`` and ``-``, or begins with a dot.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"--name {name!r}: names a file; use letters, digits, '.', '_' and '-', no dot in front")
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """What eval.json holds so far; nothing if there is none.
+
+    Raises:
+        UserError: it is no JSON object or cannot be read.
+    """
+    path = folder / RESULTS_FILE
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}); remove it, eval writes it") from error
+    if not isinstance(results, dict):
+        raise UserError(f"{path}: holds no JSON object; remove it, eval writes it")
+    return results
+
+
+def write_results(folder: Path, result: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> Path:
+    """Put the figures of ``result["name"]`` into eval.json and its examples into eval/<name>.jsonl.
+
+    Returns:
+        Path of eval.json. Both files are whole at any time.
+
+    Raises:
+        UserError: an eval.json that is there is damaged, or the folder cannot be written.
+    """
+    name = result["name"]
+    results = read_results(folder)
+    splits = results.pop("splits", {})
+    if name == MAIN_SPLIT:
+        results = dict(result)
+    else:
+        splits[name] = dict(result)
+    if splits:
+        results["splits"] = splits
+    lines = "".join(json.dumps(example) + "\n" for example in examples)
+    with atomic_file(folder / "eval" / f"{name}.jsonl") as file:
+        file.write(lines.encode("utf-8"))
+    path = folder / RESULTS_FILE
+    with atomic_file(path) as file:
+        file.write((json.dumps(results, indent=2, allow_nan=False) + "\n").encode("utf-8"))
+    return path
+
+
+def png_base64(image: npt.NDArray[np.uint8]) -> str:
+    """uint8 (H, W, 3) -> a PNG in base64, as an HTML page can show it."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,51 @@
+"""RUN/audit: which sample filled which slot of which step, so that "exactly once" can be checked by counting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from megamoe.metrics import jsonl
+
+
+class AuditWriter:
+    """Appends to RUN/audit/rank-00000.jsonl the samples that this rank trained on.
+
+    Args:
+        run_dir: folder of the run.
+        rank: global rank of the writer.
+        enabled: the setting ``data.audit``; without it nothing is written, not even the folder.
+
+    On a resume, one rank calls :func:`truncate_audit` before any rank opens its writer.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, enabled: bool) -> None:
+        self._file: BinaryIO | None = None
+        if enabled:
+            folder = run_dir / "audit"
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / f"rank-{rank:05d}.jsonl").open("ab")
+
+    def write(self, step: int, samples: Sequence[tuple[int, str]]) -> None:
+        """Record the ``(slot, "<shard>#<key>")`` pairs of one step, all in one write."""
+        if self._file is not None:
+            lines = (jsonl.to_line({"step": step, "slot": slot, "id": name}) for slot, name in samples)
+            jsonl.append(self._file, b"".join(lines))
+
+    def close(self) -> None:
+        """Close the file; nothing is lost without it."""
+        if self._file is not None:
+            self._file.close()
+
+
+def truncate_audit(run_dir: Path, step: int) -> None:
+    """Drop what all ranks recorded after ``step``, which the resumed run trains on again.
+
+    It covers the files of every rank that ever wrote, since the resumed run may have fewer ranks than before.
+
+    Raises:
+        UserError: a complete line of a file is damaged.
+    """
+    for path in sorted((run_dir / "audit").glob("rank-*.jsonl")):
+        jsonl.truncate(path, step)

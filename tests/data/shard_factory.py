@@ -1,0 +1,60 @@
+"""Small real shards for tests: JPEGs, captions and tars made on the spot."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+
+from megamoe.data.catalog import ShardSet
+from megamoe.data.index import ensure_indexes
+
+COLOURS = ("red", "green", "blue", "black")
+Members = Sequence[tuple[str, bytes]]
+
+
+def jpeg(seed: int = 0, side: int = 32) -> bytes:
+    """A JPEG whose pixels depend on ``seed``."""
+    steps = np.arange(side, dtype=np.int64)
+    plane = (steps[:, None] * (seed % 7 + 1) + steps[None, :] * (seed % 5 + 2) + seed * 31) % 256
+    data: bytes = simplejpeg.encode_jpeg(
+        np.stack([plane, 255 - plane, plane // 2], axis=2).astype(np.uint8), quality=85
+    )
+    return data
+
+
+def caption(n: int) -> str:
+    """A caption whose length varies with ``n``."""
+    return " ".join(["a", COLOURS[n % 4], "thing", *["far away"] * (n % 3), f"number {n}"])
+
+
+def sample(n: int, image: bytes | None = None) -> list[tuple[str, bytes]]:
+    """Members of sample ``n``."""
+    return [(f"{n:05d}.jpg", jpeg(n) if image is None else image), (f"{n:05d}.txt", caption(n).encode())]
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> Path:
+    """Write ``members`` as they are, in order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def make_set(folder: Path, counts: Sequence[int], spoilt: dict[int, bytes] | None = None) -> ShardSet:
+    """Indexed shards of ``counts`` samples, numbered through; ``spoilt`` gives other bytes for some pictures."""
+    spoilt = spoilt or {}
+    shards, n = [], 0
+    for number, count in enumerate(counts):
+        members = [member for i in range(n, n + count) for member in sample(i, spoilt.get(i))]
+        shards.append(write_tar(folder / f"{number:05d}.tar", members))
+        n += count
+    ensure_indexes(shards, None)
+    return ShardSet(shards)

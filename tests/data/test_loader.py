@@ -1,0 +1,278 @@
+"""The loader: the same global batches on every layout, from every stop, with every number of workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megamoe.config.schema import DataConfig, VisionConfig
+from megamoe.data import lane as lane_module
+from megamoe.data.catalog import ShardSet
+from megamoe.data.loader import StepBatch, StepLoader
+from megamoe.data.order import SampleOrder
+from megamoe.data.tokenizer import Tokenizer
+from megamoe.errors import DataError, UserError
+from tests.data.shard_factory import jpeg, make_set
+
+VISION = VisionConfig(image_size=16, patch_size=8)
+GLOBAL_BATCH = 8
+SPOILT = {3: b"", 11: b"<html>", 29: jpeg(29)[:300], 30: jpeg(30)[:-40]}
+# what one slot of one step is: pixels, text, the ids that went in, those that were lost, and the state after it
+Slot = tuple[bytes, bytes, tuple[str, ...], tuple[tuple[str, str], ...], int]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    return make_set(tmp_path_factory.mktemp("shards"), [13, 21, 7], SPOILT)
+
+
+def loader(shards: ShardSet, tokenizer: Tokenizer, dp_rank: int, dp_size: int, micro: int, workers: int) -> StepLoader:
+    data = DataConfig(sequence_length=48, images_per_sequence=3, workers=workers, shuffle_window=10)
+    return StepLoader(
+        data,
+        vision=VISION,
+        tokenizer=tokenizer,
+        shards=shards,
+        seed=5,
+        global_batch=GLOBAL_BATCH,
+        micro_batch=micro,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+    )
+
+
+def slots_of(step: StepBatch, dp_rank: int, dp_size: int, micro: int) -> dict[int, Slot]:
+    """Slots by number, from the documented rule of which micro-batch holds which lanes."""
+    found: dict[int, Slot] = {}
+    for i, (pixels, text) in enumerate(step.micro_batches):
+        assert pixels.shape == (micro, 3, 16, 16, 3) and pixels.dtype == torch.uint8
+        assert text.shape == (micro, 3, 48) and text.dtype == torch.int64
+        for b in range(micro):
+            slot = (i * dp_size + dp_rank) * micro + b
+            ids = tuple(name for number, name in step.samples if number == slot)
+            lost = tuple((each.id, each.reason) for each in step.lost if each.slot == slot)
+            found[slot] = (pixels[b].numpy().tobytes(), text[b].numpy().tobytes(), ids, lost, step.cursors[slot])
+    assert step.targets == sum((text[:, 2] != -100).sum().item() for _, text in step.micro_batches)
+    assert step.wait_seconds >= 0
+    return found
+
+
+def run(
+    shards: ShardSet,
+    tokenizer: Tokenizer,
+    steps: int,
+    dp_size: int = 1,
+    micro: int = 1,
+    workers: int = 0,
+    start: dict[int, int] | None = None,
+) -> tuple[list[dict[int, Slot]], dict[int, int]]:
+    """Global batches of ``steps`` steps and the state after them, all ranks together."""
+    with ExitStack() as stack:
+        ranks = [stack.enter_context(loader(shards, tokenizer, d, dp_size, micro, workers)) for d in range(dp_size)]
+        for rank in ranks:
+            if start is not None:
+                rank.load_state_dict(start)
+        batches = []
+        for _ in range(steps):
+            batch: dict[int, Slot] = {}
+            for d, rank in enumerate(ranks):
+                batch |= slots_of(next(rank), d, dp_size, micro)
+            assert sorted(batch) == list(range(GLOBAL_BATCH))
+            batches.append(batch)
+        state = {lane: cursor for rank in ranks for lane, cursor in rank.state_dict().items()}
+    return batches, state
+
+
+@pytest.fixture(scope="module")
+def reference(shards: ShardSet, tokenizer: Tokenizer) -> tuple[list[dict[int, Slot]], dict[int, int]]:
+    return run(shards, tokenizer, 12)
+
+
+@pytest.mark.parametrize(
+    ("dp_size", "micro", "workers"), [(1, 8, 0), (2, 2, 0), (4, 2, 0), (8, 1, 0), (2, 4, 1), (1, 2, 3), (4, 1, 9)]
+)
+def test_global_batches_are_the_same_on_every_layout(
+    shards: ShardSet,
+    tokenizer: Tokenizer,
+    reference: tuple[list[dict[int, Slot]], dict[int, int]],
+    dp_size: int,
+    micro: int,
+    workers: int,
+) -> None:
+    assert run(shards, tokenizer, 12, dp_size, micro, workers) == reference
+
+
+def test_a_stopped_run_goes_on_exactly_on_other_ranks(
+    shards: ShardSet, tokenizer: Tokenizer, reference: tuple[list[dict[int, Slot]], dict[int, int]]
+) -> None:
+    first, state = run(shards, tokenizer, 4, dp_size=4, micro=2, workers=0)
+    second, state = run(shards, tokenizer, 3, dp_size=2, micro=1, workers=2, start=state)
+    third, state = run(shards, tokenizer, 5, dp_size=1, micro=4, workers=0, start=state)
+    assert (first + second + third, state) == reference
+
+
+def test_every_sample_comes_once_per_epoch_and_corrupt_ones_are_lost_once(
+    shards: ShardSet, tokenizer: Tokenizer
+) -> None:
+    batches, state = run(shards, tokenizer, 14, dp_size=2, micro=2)
+    epochs = min(state.values()) * GLOBAL_BATCH // shards.samples
+    assert epochs >= 3
+    order = SampleOrder(shards.counts, 5, GLOBAL_BATCH, 10)
+    everything = {shards.sample_id(shard, n) for shard, count in enumerate(shards.counts) for n in range(count)}
+    spoilt = {name for name in everything if int(name.split("#")[1]) in SPOILT}
+    times_seen: Counter[str] = Counter()
+    for lane, cursor in state.items():
+        used = [name for batch in batches for name in batch[lane][2]]
+        lost = [name for batch in batches for name, _ in batch[lane][3]]
+        assert set(lost) <= spoilt and not set(used) & spoilt
+        due = [order.locate(lane, k) for k in range(cursor)]
+        assert Counter(used + lost) == Counter(shards.sample_id(ref.shard, ref.sample) for ref in due)
+        times_seen.update(shards.sample_id(ref.shard, ref.sample) for ref in due if ref.epoch < epochs)
+    assert times_seen == Counter({name: epochs for name in everything})
+
+
+def test_corrupt_samples_are_named_with_the_reason(shards: ShardSet, tokenizer: Tokenizer) -> None:
+    with loader(shards, tokenizer, 0, 1, 8, 0) as one:
+        lost = {each.id: each.reason for _ in range(6) for each in next(one).lost}
+    assert lost["00000.tar#00003"] == "image: empty"
+    assert lost["00000.tar#00011"].startswith("image: not a JPEG, PNG or WebP")
+    assert len(lost) == 4
+
+
+def test_prefetched_steps_do_not_count_as_seen(shards: ShardSet, tokenizer: Tokenizer) -> None:
+    with loader(shards, tokenizer, 0, 1, 8, 2) as one:
+        step = next(one)
+        next_cursors = next(one).cursors
+        assert one.state_dict() == next_cursors != step.cursors
+        one.load_state_dict(step.cursors)
+        assert one.state_dict() == step.cursors
+        assert next(one).cursors == next_cursors
+
+
+def test_captions_that_do_not_fit_are_cut_and_counted(shards: ShardSet, tokenizer: Tokenizer) -> None:
+    data = DataConfig(sequence_length=8, images_per_sequence=3, workers=0)
+    with StepLoader(
+        data,
+        vision=VISION,
+        tokenizer=tokenizer,
+        shards=shards,
+        seed=0,
+        global_batch=2,
+        micro_batch=2,
+        dp_rank=0,
+        dp_size=1,
+    ) as one:
+        step = next(one)
+    assert step.truncated == 2 and step.targets == 2 * 4
+    assert (step.micro_batches[0][1][:, 0, -1] == tokenizer.eos_id).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_random_numbers_of_the_training_process_are_left_alone(
+    shards: ShardSet, tokenizer: Tokenizer, workers: int
+) -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before, expected = torch.get_rng_state(), np.random.RandomState(0).random(4)
+    with loader(shards, tokenizer, 0, 1, 8, workers) as one:
+        next(one)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.random(4), expected)
+
+
+def test_a_batch_that_does_not_divide_is_refused(shards: ShardSet, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"train.global_batch 8: not a multiple of train.micro_batch 1 x 3"):
+        loader(shards, tokenizer, 0, 3, 1, 0)
+
+
+def test_the_state_of_another_global_batch_is_refused(shards: ShardSet, tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match=r"holds 4 lanes, but train.global_batch is 8"):
+        loader(shards, tokenizer, 0, 1, 1, 0).load_state_dict({lane: 0 for lane in range(4)})
+
+
+def test_data_of_which_nothing_can_be_used_stops_the_run(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane_module, "MAX_LOST_IN_A_ROW", 50)
+    spoilt = make_set(tmp_path, [5], {n: b"" for n in range(5)})
+    with pytest.raises(DataError, match=r"image: empty; it is number 50 in a row that cannot be used"):
+        next(loader(spoilt, tokenizer, 0, 1, 8, 0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_goes_bad_is_the_same_one_line_with_and_without_workers(
+    tmp_path: Path, tokenizer: Tokenizer, workers: int
+) -> None:
+    shards = make_set(tmp_path, [40])
+    os.truncate(shards.shards[0], 5000)
+    with pytest.raises(DataError) as raised, loader(shards, tokenizer, 0, 1, 8, workers) as one:
+        next(one)
+    assert type(raised.value) is DataError and "is older than its shard" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_dead_worker_is_named(shards: ShardSet, tokenizer: Tokenizer) -> None:
+    with loader(shards, tokenizer, 0, 1, 8, 2) as one:
+        next(one)
+        victim = one._items._workers[1]
+        os.kill(victim.pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match=rf"data worker 1 \(pid {victim.pid}, exit code -9\) died"):
+            for _ in range(50):
+                next(one)
+
+
+def test_workers_end_when_closed_and_ignore_signals_meant_for_the_run(shards: ShardSet, tokenizer: Tokenizer) -> None:
+    one = loader(shards, tokenizer, 0, 1, 8, 2)
+    next(one)
+    workers = list(one._items._workers)
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(worker.pid, number)
+    for _ in range(4):
+        next(one)
+    one.close()
+    one.close()
+    assert not any(worker.is_alive() for worker in workers)
+
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+from megamoe.config.schema import DataConfig, VisionConfig
+from megamoe.data.catalog import ShardSet
+from megamoe.data.loader import StepLoader
+from megamoe.data.tokenizer import Tokenizer
+if __name__ == "__main__":
+    shards = ShardSet([Path(each) for each in sys.argv[3:]])
+    data = DataConfig(sequence_length=48, images_per_sequence=3, workers=2)
+    loader = StepLoader(data, vision=VisionConfig(image_size=16, patch_size=8), tokenizer=Tokenizer(sys.argv[2]),
+                        shards=shards, seed=0, global_batch=4, micro_batch=1, dp_rank=0, dp_size=1)
+    next(loader)
+    assert "deepspeed" not in sys.modules
+    if sys.argv[1] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise SystemExit("as after an error")
+"""
+
+
+@pytest.mark.parametrize(("end", "status"), [("error", 1), ("killed", -signal.SIGKILL)])
+def test_workers_end_with_a_run_that_does_not_close_them(
+    shards: ShardSet, tokenizer_path: Path, tmp_path: Path, end: str, status: int
+) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    arguments = [sys.executable, str(script), end, str(tokenizer_path), *map(str, shards.shards)]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    # the pipe of stderr is open as long as any worker lives, so this returns only when all have ended
+    done = subprocess.run(arguments, env=env, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == status, done.stderr
+    assert end == "killed" or done.stderr.strip().endswith("as after an error"), done.stderr

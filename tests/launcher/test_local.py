@@ -1,0 +1,192 @@
+"""The local launcher against real processes: restarts, refusals, signals, orphans, logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+from launcher.local import latest_attempt, launch_local
+from megamoe.errors import UserError
+
+WORKER = Path(__file__).with_name("worker.py")
+Script = dict[str, dict[str, str]]
+
+
+def launch(run: Path, script: Script, nproc: int = 2, resume: str = "none", max_restarts: int = 2) -> int:
+    os.environ["TEST_RUN"] = str(run)
+    command = [sys.executable, str(WORKER), json.dumps(script)]
+    return launch_local(Path("c.yaml"), ["a.b=1"], nproc, resume, max_restarts, run, command)
+
+
+def launch_apart(run: Path, script: Script, nproc: int = 2) -> subprocess.Popen[str]:
+    """The launcher in a process of its own, so that it can be killed."""
+    code = (
+        "import sys; from pathlib import Path; from launcher.local import launch_local;"
+        "run, worker, script, n = sys.argv[1:];"
+        "sys.exit(launch_local(Path('c'), [], int(n), 'none', 1, Path(run), [sys.executable, worker, script]))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(run), str(WORKER), json.dumps(script), str(nproc)],
+        env={**os.environ, "TEST_RUN": str(run), "PYTHONPATH": os.pathsep.join(sys.path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def seen(run: Path, attempt: int, rank: int) -> dict[str, object]:
+    record: dict[str, object] = json.loads((run / f"seen-{attempt}-{rank}.json").read_text())
+    return record
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def pids(run: Path, names: Iterable[str]) -> list[int]:
+    wait_for(lambda: all((run / name).exists() and (run / name).stat().st_size > 0 for name in names))
+    workers = json.loads((latest_attempt(run) / "pids.json").read_text())
+    return [*workers.values(), *(int((run / name).read_text()) for name in names)]
+
+
+def test_all_ranks_done_is_exit_0_and_each_rank_knows_its_place(tmp_path: Path) -> None:
+    assert launch(tmp_path, {}, nproc=3) == 0
+    ports = set()
+    for rank in range(3):
+        record = seen(tmp_path, 1, rank)
+        env = record["env"]
+        assert isinstance(env, dict)
+        assert (env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"], env["LOCAL_WORLD_SIZE"]) == (
+            str(rank),
+            str(rank),
+            "3",
+            "3",
+        )
+        assert env["MASTER_ADDR"] == "127.0.0.1"
+        assert int(env["OMP_NUM_THREADS"]) >= 1
+        ports.add(env["MASTER_PORT"])
+        assert record["argv"] == ["train", "c.yaml", "--resume", "none", "a.b=1"]
+        assert (tmp_path / f"logs/attempt-1/rank-{rank:05d}.log").read_text() == f"rank {rank} is done\n"
+    assert len(ports) == 1
+    assert json.loads((tmp_path / "logs/attempt-1/pids.json").read_text())["2"] == seen(tmp_path, 1, 2)["pid"]
+
+
+def test_kill_9_of_one_rank_restarts_all_from_the_last_checkpoint(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(tmp_path, {"1": {"0": "hang", "1": "die"}}) == 0
+    argv = seen(tmp_path, 2, 0)["argv"]
+    assert isinstance(argv, list) and argv[argv.index("--resume") + 1] == "auto"
+    error = capfd.readouterr().err
+    assert "rank 1 was killed by SIGKILL" in error and "the last words" in error
+    assert "restart 1 of at most 2" in error
+    assert not alive(int(str(seen(tmp_path, 1, 0)["pid"])))
+
+
+def test_gives_up_after_max_restarts_with_exit_1(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    always = {str(attempt): {"1": "fail"} for attempt in range(1, 9)}
+    assert launch(tmp_path, always, max_restarts=2) == 1
+    assert latest_attempt(tmp_path) == tmp_path / "logs/attempt-3"
+    error = capfd.readouterr().err
+    assert "rank 1 ended with status 1" in error and "a traceback's last line" in error
+    assert "giving up after 2 restarts" in error
+
+
+@pytest.mark.parametrize("ranks", [("0",), ("1",), ("0", "1")])
+def test_a_wrong_request_is_not_retried_and_said_once(
+    ranks: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = {"1": {"0": "hang", "1": "hang", **{rank: "refuse" for rank in ranks}}}
+    assert launch(tmp_path, script) == 2
+    assert capfd.readouterr().err == "megamoe: error: optim.lr 7: is silly; use 1\n"
+    assert latest_attempt(tmp_path) == tmp_path / "logs/attempt-1"
+
+
+def test_the_rank_that_was_killed_is_blamed_not_the_peers_that_followed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(tmp_path, {"1": {"0": "fail", "1": "fail", "2": "die"}}, nproc=3) == 0
+    assert "rank 2 was killed by SIGKILL" in capfd.readouterr().err
+
+
+def test_output_of_rank_0_reaches_the_terminal_as_it_is_and_its_log(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(tmp_path, {"1": {"0": "bar"}}) == 0
+    captured = capfd.readouterr()
+    assert captured.err == "step 1\rstep 2\r" and captured.out == "to stdout\n"
+    log = (tmp_path / "logs/attempt-1/rank-00000.log").read_bytes()
+    assert b"step 1\rstep 2\r" in log and b"to stdout\n" in log
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_ranks_after_they_have_saved(signum: signal.Signals, tmp_path: Path) -> None:
+    launcher = launch_apart(tmp_path, {"1": {"0": "save", "1": "save"}})
+    wait_for(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
+    launcher.send_signal(signum)
+    _, error = launcher.communicate(timeout=15)
+    assert launcher.returncode == 128 + signum
+    assert signum.name in error and "Traceback" not in error
+    assert all((tmp_path / f"saved-{rank}").exists() for rank in (0, 1))
+
+
+def test_a_second_signal_ends_ranks_that_do_not_listen(tmp_path: Path) -> None:
+    launcher = launch_apart(tmp_path, {"1": {"0": "deaf", "1": "deaf"}})
+    wait_for(lambda: all((tmp_path / f"deaf-{rank}").exists() for rank in (0, 1)))
+    workers = pids(tmp_path, [])
+    launcher.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(timeout=15) == 130
+    assert not any(map(alive, workers))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_outlives_the_launcher_however_it_ends(signum: signal.Signals, tmp_path: Path) -> None:
+    launcher = launch_apart(tmp_path, {"1": {"0": "hang-with-child", "1": "hang-with-child"}})
+    everyone = pids(tmp_path, ["child-0", "child-1"])
+    assert len(everyone) == 4 and all(map(alive, everyone))
+    launcher.send_signal(signum)
+    launcher.communicate(timeout=15)
+    wait_for(lambda: not any(map(alive, everyone)), seconds=5)
+
+
+def test_the_children_of_a_killed_rank_go_with_it(tmp_path: Path) -> None:
+    launcher = launch_apart(tmp_path, {"1": {"0": "hang-with-child", "1": "hang"}})
+    everyone = pids(tmp_path, ["child-0"])
+    os.kill(everyone[0], signal.SIGKILL)
+    launcher.communicate(timeout=20)
+    assert launcher.returncode == 0
+    assert not any(map(alive, everyone))
+
+
+def test_after_resume_from_a_path_a_restart_ignores_checkpoints_of_the_old_history(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/step-00000300").mkdir(parents=True)
+    os.utime(tmp_path / "checkpoints/step-00000300", (1, 1))
+    path = str(tmp_path / "checkpoints/step-00000100")
+    assert launch(tmp_path, {"1": {"1": "die"}}, resume=path) == 0
+    argv = seen(tmp_path, 2, 0)["argv"]
+    assert isinstance(argv, list) and argv[argv.index("--resume") + 1] == path
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"run\.dir .*file.* cannot be written"):
+        launch(tmp_path / "file", {})

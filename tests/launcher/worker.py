@@ -1,0 +1,48 @@
+"""A stand-in for a rank, started by the launcher's tests: `worker.py SCRIPT train CONFIG --resume R [KEY=VALUE ...]`.
+
+SCRIPT says what to do in each attempt, as JSON: {"ATTEMPT": {"RANK": ACTION}}. A rank without an action is done at
+once.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+rank, run = os.environ["RANK"], Path(os.environ["TEST_RUN"])
+script = json.loads(sys.argv[1])
+attempt = max(int(path.name[8:]) for path in (run / "logs").glob("attempt-*"))
+with (run / f"seen-{attempt}-{rank}.json").open("w") as file:
+    json.dump({"argv": sys.argv[2:], "env": dict(os.environ), "pid": os.getpid()}, file)
+
+match script.get(str(attempt), {}).get(rank, "done"):
+    case "done":
+        print(f"rank {rank} is done", flush=True)
+    case "bar":
+        sys.stderr.write("step 1\rstep 2\r")
+        print("to stdout", flush=True)
+    case "refuse":
+        print("megamoe: error: optim.lr 7: is silly; use 1", file=sys.stderr)
+        sys.exit(2)
+    case "fail":
+        sys.exit("a traceback's last line")
+    case "die":
+        print("the last words", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    case "hang":
+        time.sleep(600)
+    case "hang-with-child":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        (run / f"child-{rank}").write_text(str(child.pid))
+        time.sleep(600)
+    case "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        (run / f"deaf-{rank}").touch()
+        time.sleep(600)
+    case "save":
+        signal.signal(signal.SIGTERM, lambda *_: ((run / f"saved-{rank}").touch(), sys.exit(0)))
+        (run / f"ready-{rank}").touch()
+        time.sleep(600)

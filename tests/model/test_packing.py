@@ -1,0 +1,122 @@
+"""What else lies in a sequence changes nothing for a sample: neighbours, padding, unused picture slots."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megamoe.config import Config
+from megamoe.model.attention import segment_positions
+from megamoe.model.stack import IGNORE, Stack
+from tests.model.small import IMAGE, logits, pack, random_samples, small_config, small_stack
+
+SEEDS = range(8)
+KERNELS = ["sdpa", "flex"]
+
+
+def gradients(stack: Stack, pixels: Tensor, text: Tensor) -> dict[str, Tensor]:
+    """Of the summed loss and both auxiliary losses; None counts as zero."""
+    stack.zero_grad()
+    total, losses = stack(pixels, text)
+    (total + losses.sum()).backward()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in stack.named_parameters()}
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, gradient in expected.items():
+        scale = max(1.0, float(gradient.abs().max()))
+        torch.testing.assert_close(actual[name], gradient, atol=1e-5 * scale, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("seed", "kernel"), [(seed, "sdpa") for seed in SEEDS] + [(seed, "flex") for seed in range(4)])
+def test_packed_samples_have_the_logits_they_have_alone(seed: int, kernel: str) -> None:
+    config = small_config(seed, model__attention=kernel)
+    stack = small_stack(config)
+    patches = config.model.vision.patches
+    samples = random_samples(config, 3, seed)
+    packed = logits(stack, *pack(samples, patches, 64, 4))
+    start = 0
+    for sample in samples:
+        pixels, text = pack([sample], patches, patches + len(sample.words), 1)
+        stop = start + text.shape[2]
+        labelled = text[0, 2] != IGNORE
+        alone = logits(stack, pixels, text)
+        torch.testing.assert_close(packed[:, start:stop][:, labelled], alone[:, labelled], atol=1e-5, rtol=0)
+        start = stop
+
+
+@torch.no_grad()  # on a CPU, flex attention has no backward
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("seed", range(4))
+def test_block_mask_and_dense_mask_give_the_same_losses(seed: int) -> None:
+    results = []
+    for kernel in KERNELS:
+        config = small_config(seed, model__attention=kernel)
+        # Tensors of its own for each kernel: masks are kept per tensor.
+        results.append(small_stack(config)(*_batch(config)))
+    for dense, block in zip(*results, strict=True):
+        torch.testing.assert_close(block, dense, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_content_of_padding_and_of_unused_picture_slots_changes_neither_loss_nor_gradients(seed: int) -> None:
+    config = small_config(seed)
+    stack = small_stack(config)
+    pixels, text = _batch(config)
+    used = (text[:, 0] == IMAGE).sum(1) // config.model.vision.patches
+    assert (text[:, 1] == 0).any() and (used < pixels.shape[1]).any()
+    expected = gradients(stack, pixels, text)
+    losses = stack(pixels, text)
+
+    generator = torch.Generator().manual_seed(seed)
+    other_pixels, other_text = pixels.clone(), text.clone()
+    for b in range(len(pixels)):
+        unused = other_pixels[b, int(used[b]) :]
+        unused.copy_(torch.randint(0, 256, unused.shape, dtype=torch.uint8, generator=generator))
+    padding = text[:, 1] == 0
+    other_text[:, 0][padding] = torch.randint(4, 40, (int(padding.sum()),), generator=generator)
+    for other, same in zip(stack(other_pixels, other_text), losses, strict=True):
+        torch.testing.assert_close(other, same, atol=1e-5, rtol=1e-6)
+    assert_same_gradients(gradients(stack, other_pixels, other_text), expected)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_amount_of_padding_and_of_picture_slots_changes_neither_loss_nor_gradients(seed: int) -> None:
+    config = small_config(seed)
+    stack = small_stack(config)
+    samples = random_samples(config, 2, seed)
+    tight = sum(config.model.vision.patches + len(sample.words) for sample in samples)
+    small = pack(samples, config.model.vision.patches, tight, 2)
+    large = pack(samples, config.model.vision.patches, tight + 23, 5)
+    for other, same in zip(stack(*large), stack(*small), strict=True):
+        torch.testing.assert_close(other, same, atol=1e-5, rtol=1e-6)
+    assert_same_gradients(gradients(stack, *large), gradients(stack, *small))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_loss_of_a_micro_batch_is_the_sum_over_its_sequences_and_auxiliary_losses_are_their_mean(seed: int) -> None:
+    config = small_config(seed)
+    stack = small_stack(config)
+    pixels, text = _batch(config)
+    total, losses = stack(pixels, text)
+    each = [stack(pixels[b : b + 1], text[b : b + 1]) for b in range(len(pixels))]
+    torch.testing.assert_close(total, torch.stack([part[0] for part in each]).sum(), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(losses, torch.stack([part[1] for part in each]).mean(0), atol=1e-5, rtol=1e-5)
+
+
+def test_segment_positions_count_from_zero_in_each_segment() -> None:
+    segments = torch.tensor([[1, 1, 1, 2, 2, 3, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1], [1, 2, 3, 4, 5, 6, 7, 8]])
+    positions = [[0, 1, 2, 0, 1, 0, 0, 1], [0, 1, 0, 1, 2, 3, 4, 5], [0] * 8]
+    assert segment_positions(segments).tolist() == positions
+
+
+def _batch(config: Config) -> tuple[Tensor, Tensor]:
+    """Three sequences of 1, 2 and 4 samples."""
+    rows = [
+        pack(random_samples(config, count, config.run.seed + count), config.model.vision.patches, 64, 4)
+        for count in (1, 2, 4)
+    ]
+    return torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
