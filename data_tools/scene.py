@@ -119,9 +119,7 @@ class Scenes:
         things = []
         for what, low in ((first, near), (second, not near)):
             radius = draw.between(*RADII[what.size])
-            along = _third(
-                draw, 0 if low else 2, radius, most=_SIDE / 2 - _RIM / 2
-            )  # each in its half: they cannot touch
+            along = _third(draw, 0 if low else 2, radius, most=_SIDE / 2 - _RIM / 2)  # each in its half: they cannot touch
             across = _third(draw, 1, radius)
             x, y = (across, along) if vertical else (along, across)
             things.append(Thing(what, x, y, radius))

@@ -107,10 +107,7 @@ def _stop(ranks: Ranks, caught: list[int], terminal: Terminal) -> None:
 def _pass_on_error(logs: Sequence[Path], rank: int, terminal: Terminal) -> None:
     # What rank 0 said is on the terminal already; the others said the same, or rank 0 said nothing.
     if error_line(logs[0]) is None:
-        line = (
-            error_line(logs[rank])
-            or f"megamoe: error: rank {rank} refused the request without a word, see {logs[rank]}"
-        )
+        line = error_line(logs[rank]) or f"megamoe: error: rank {rank} refused the request without a word, see {logs[rank]}"
         terminal.say(line.removeprefix("megamoe: "))
 
 

@@ -50,9 +50,7 @@ def train(ctx: click.Context, config: Path, overrides: tuple[str, ...], nproc: i
     settings = load_config(config, overrides)
     if _is_rank():
         if nproc is not None and nproc != int(os.environ["WORLD_SIZE"]):
-            raise UserError(
-                f"--nproc {nproc}: this is one of WORLD_SIZE={os.environ['WORLD_SIZE']} ranks; leave it out"
-            )
+            raise UserError(f"--nproc {nproc}: this is one of WORLD_SIZE={os.environ['WORLD_SIZE']} ranks; leave it out")
         from megamoe.train.run import train as train_rank
 
         train_rank(settings, resume)
@@ -68,9 +66,7 @@ def train(ctx: click.Context, config: Path, overrides: tuple[str, ...], nproc: i
         refuse_existing(settings.run.folder)
     elif resume != "auto" and not Path(resume).exists():
         raise UserError(f"--resume {resume}: no such checkpoint; give its folder, or auto for the newest one")
-    ctx.exit(
-        launch_local(config, overrides, nproc or 1, resume, settings.launch.max_restarts, run_dir=settings.run.folder)
-    )
+    ctx.exit(launch_local(config, overrides, nproc or 1, resume, settings.launch.max_restarts, run_dir=settings.run.folder))
 
 
 @megamoe.command(name="eval", short_help="Caption held-out pictures and count the right ones.")
@@ -89,9 +85,7 @@ def evaluate(source: Path, data: tuple[str, ...], task: str, limit: int | None, 
     click.echo(f"{task} on {name}")
     for key, value in result.items():
         if isinstance(value, int | float):
-            click.echo(
-                f"  {key.replace('_', ' '):<14}{f'{value:.4f}' if isinstance(value, float) else f'{value:,}':>10}"
-            )
+            click.echo(f"  {key.replace('_', ' '):<14}{f'{value:.4f}' if isinstance(value, float) else f'{value:,}':>10}")
     click.echo(f"written to {results_folder(source) / RESULTS_FILE}")
 
 

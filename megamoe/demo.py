@@ -77,7 +77,7 @@ def _make_data(command: Sequence[str]) -> None:
     train, held_out, combinations = DATA / "train", DATA / "validation", DATA / "combinations"
     verbs = [
         ("synth", DATA, "--samples", SAMPLES, "--seed", 0, "--level", 1, "--validation", HELD_OUT),
-        ("tokenizer", train, DATA / "tokenizer", "--vocab-size", 320),
+        ("tokenizer", train, DATA / "tokenizer", "--vocab-size", 384),
         ("index", train),
         ("index", held_out),
         ("index", combinations),

@@ -93,12 +93,15 @@ def write_config(folder: Path, config: dict[str, Any], name: str = "config.yaml"
 
 
 def train(
-    folder: Path, name: str, nproc: int, overrides: Sequence[str] = (), resume: str = "none", config: str = "config.yaml"
+    folder: Path,
+    name: str,
+    nproc: int,
+    overrides: Sequence[str] = (),
+    resume: str = "none",
+    config: str = "config.yaml",
 ) -> list[dict[str, Any]]:
     """Train run ``name`` on ``nproc`` ranks and return its metrics."""
-    megamoe(
-        "train", config, "--nproc", str(nproc), "--resume", resume, f"run.name={name}", *overrides, folder=folder
-    )
+    megamoe("train", config, "--nproc", str(nproc), "--resume", resume, f"run.name={name}", *overrides, folder=folder)
     return metrics(folder / "runs" / name)
 
 

@@ -43,15 +43,17 @@ class Checkpointer:
         folder = self.run / "checkpoints" / checkpoint_name(state.step)
         rank = dist.get_rank()
         try:
-            dcp.save(
+            dcp.save(  # type: ignore[attr-defined]
                 {},
                 storage_writer=SafetensorsWriter(folder, rank, state.to_json()),
                 planner=PieceSavePlanner([*self._slots(), self._rng_slot()]),
             )
         except dcp.api.CheckpointException as error:  # the same on all ranks
             failed, (reason, _) = next(iter(error.failures.items()))
-            raise reason if isinstance(reason, CheckpointError) else CheckpointError(
-                f"checkpoint {folder}: rank {failed} could not write it ({reason})"
+            raise (
+                reason
+                if isinstance(reason, CheckpointError)
+                else CheckpointError(f"checkpoint {folder}: rank {failed} could not write it ({reason})")
             ) from error
         if rank == 0:
             publish(folder)

@@ -13,8 +13,8 @@ from megamoe.checkpoint.store import SafetensorsReader, newest_checkpoint, read_
 from megamoe.config import Config
 from megamoe.data.tokenizer import Tokenizer
 from megamoe.errors import CheckpointError
-from megamoe.model.stack import Stack, layer_specs, named_parameters
 from megamoe.model.parameter import ExpertShard
+from megamoe.model.stack import Stack, layer_specs, named_parameters
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,13 @@ def read_pieces(folder: Path, planner: PieceLoadPlanner, distributed: bool) -> N
         CheckpointError: something is missing or damaged.
     """
     try:
-        dcp.load({}, storage_reader=SafetensorsReader(folder), planner=planner, no_dist=not distributed)
+        dcp.load(  # type: ignore[attr-defined]
+            {}, storage_reader=SafetensorsReader(folder), planner=planner, no_dist=not distributed
+        )
     except dcp.api.CheckpointException as error:  # carries the errors of all ranks
         reason = next(iter(error.failures.values()))[0]
-        raise reason if isinstance(reason, CheckpointError) else CheckpointError(
-            f"checkpoint {folder}: cannot be loaded ({reason})"
+        raise (
+            reason
+            if isinstance(reason, CheckpointError)
+            else CheckpointError(f"checkpoint {folder}: cannot be loaded ({reason})")
         ) from error
-
-

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -74,7 +75,7 @@ class PieceSavePlanner(SavePlanner):
                 chunks[item.index.fqn].append(item.tensor_data.chunk)
                 kinds[item.index.fqn] = (item.tensor_data.properties, item.tensor_data.size)
             plans.append(SavePlan(items))
-        tensors = {}
+        tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         for name, (properties, size) in kinds.items():
             ordered = sorted(chunks[name], key=lambda chunk: chunk.offsets[0])
             end = 0

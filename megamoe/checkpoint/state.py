@@ -82,7 +82,9 @@ def check_fits(state: TrainState, config: Config, tokenizer: str, data: str, sou
         if old != new:
             raise CheckpointError(f"checkpoint {source}: {key} was {old} and is now {new}; a run cannot change it")
     if state.tokenizer != tokenizer:
-        raise CheckpointError(f"checkpoint {source} was made with another tokenizer than data.tokenizer {config.data.tokenizer}")
+        raise CheckpointError(
+            f"checkpoint {source} was made with another tokenizer than data.tokenizer {config.data.tokenizer}"
+        )
     if state.data != data:
         raise CheckpointError(
             f"checkpoint {source}: the shards of data.train have changed since ({state.data} -> {data}); "

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -152,7 +153,9 @@ class SafetensorsWriter(StorageWriter):
             try:
                 _write_safetensors(path, tensors)
             except OSError as error:
-                raise CheckpointError(f"checkpoint {path}: cannot be written ({error}); free space or move run.dir") from None
+                raise CheckpointError(
+                    f"checkpoint {path}: cannot be written ({error}); free space or move run.dir"
+                ) from None
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
@@ -208,7 +211,8 @@ class SafetensorsReader(StorageReader):
                 actual = (self.folder / name).stat().st_size
                 if actual != size:
                     raise CheckpointError(f"checkpoint {self.folder / name}: has {actual} bytes, not {size}: damaged")
-            tensors, places = {}, {}
+            tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+            places = {}
             for name, stored in manifest["tensors"].items():
                 chunks = []
                 for start, count, file in stored["pieces"]:
@@ -279,7 +283,7 @@ def _write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            file.write(memoryview(tensor.detach().cpu().numpy()))
+            tensor.detach().cpu().numpy().tofile(file)
         file.flush()
         os.fsync(file.fileno())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -69,14 +70,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError as error:
-        raise UserError(
-            f"override {override!r}: the value is not valid YAML ({' '.join(str(error).split())})"
-        ) from None
+        raise UserError(f"override {override!r}: the value is not valid YAML ({' '.join(str(error).split())})") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     *sections, last = key.split(".")
     node = tree
     for section in sections:

@@ -68,9 +68,7 @@ def decode_image(data: bytes, size: int) -> npt.NDArray[np.uint8]:
             raise CorruptSample(f"image: not a JPEG, PNG or WebP (begins with {data[:12]!r})")
     except (CorruptSample, MemoryError):
         raise
-    except (
-        Exception
-    ) as error:  # decoders answer bad bytes with errors of every type: ValueError, OSError, SyntaxError ...
+    except Exception as error:  # decoders answer bad bytes with errors of every type: ValueError, OSError, SyntaxError ...
         raise CorruptSample(f"image: {' '.join(str(error).split()) or type(error).__name__}") from error
     return np.asarray(image, dtype=np.uint8)
 

@@ -157,9 +157,7 @@ class StepLoader(Iterator[StepBatch]):
     def __enter__(self) -> StepLoader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def _start(self) -> Any:

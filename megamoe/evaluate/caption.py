@@ -42,9 +42,9 @@ def evaluate_caption(
         batch: Pictures at a time. It changes no result but the memory and time that are needed.
 
     Returns:
-        What eval.json has for the split: ``exact_match`` (share of captions that are right to the letter), ``loss`` (mean
-        over caption and end tokens; None if not finite), ``samples``, ``name``, ``step``, ``data``, ``lost`` (samples that
-        could not be used) and ``lost_samples`` (which and why).
+        What eval.json has for the split: ``exact_match`` (share of captions that are right to the letter), ``loss``
+        (mean over caption and end tokens in nats; None if not finite), ``samples``, ``name``, ``step``, ``data``,
+        ``lost`` (samples that could not be used) and ``lost_samples`` (which and why).
 
     Raises:
         UserError: no such checkpoint or shards, a name that cannot be a file's, or no sample that can be used.
@@ -115,10 +115,11 @@ class CaptionScorer:
         text_B3L = teacher_text([ids[: self._room] for ids in captions], self._patches, self._tokenizer)
         self._loss_sum += _summed_loss(self._stack, pixels_BHWC, text_B3L.to(self._device))
         self._targets += int((text_B3L[:, 2] != IGNORE).sum())
-        most = max(MAX_NEW_TOKENS, *(len(ids) + 1 for ids in captions))
-        decoded = greedy_decode(self._stack, self._tokenizer, pixels_BHWC, max_new_tokens=most)
-        for sample, ids in zip(samples, decoded, strict=True):
-            self._compare(sample, self._tokenizer.decode(ids))
+        # Room for the true caption and its end. Cut per row, so that the neighbours in a batch change nothing.
+        most = [max(MAX_NEW_TOKENS, len(ids) + 1) for ids in captions]
+        decoded = greedy_decode(self._stack, self._tokenizer, pixels_BHWC, max_new_tokens=max(most))
+        for sample, ids, length in zip(samples, decoded, most, strict=True):
+            self._compare(sample, self._tokenizer.decode(ids[:length]))
 
     def _compare(self, sample: Sample, generated: str) -> None:
         match = generated.strip() == sample.caption.strip()
@@ -140,7 +141,7 @@ def teacher_text(captions: Sequence[Sequence[int]], patches: int, tokenizer: Tok
     """One sample per row as training lays it out, padded on the right.
 
     Returns:
-        int64 (B, 3, L): ids, segment ids (1, padding 0), labels. The last picture token predicts the first caption token.
+        int64 (B, 3, L): ids, segment ids (1, padding 0), labels. The last picture token predicts the first word.
     """
     length = patches + max(len(ids) for ids in captions) + 1
     text_B3L = torch.zeros(len(captions), 3, length, dtype=torch.int64)

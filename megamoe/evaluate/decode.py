@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megamoe.model.attention import packed_causal_mask, segment_positions
-from megamoe.model.decoder import KVCache
-from megamoe.model.stack import IGNORE, DecoderLayer, HeadLayer, MergeLayer, Stack
+from megamoe.model.decoder import DecoderAttention, DecoderBlock, KVCache
+from megamoe.model.stack import IGNORE, DecoderLayer, HeadLayer, MergeLayer, PictureLayer, Stack
 
 
 class Vocabulary(Protocol):
@@ -75,9 +75,7 @@ def greedy_decode(
     return [row[: row.index(vocabulary.eos_id)] if vocabulary.eos_id in row else row for row in rows]
 
 
-def hidden_states(
-    stack: Stack, pixels_BHWC: Tensor, text_B3L: Tensor, caches: Sequence[KVCache] | None = None
-) -> Tensor:
+def hidden_states(stack: Stack, pixels_BHWC: Tensor, text_B3L: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
     """Activations (B, L, D) ahead of the head, for one picture per row; keys and values go to ``caches`` if given.
 
     Attention takes a dense mask on any device: rows are short, and a compiled kernel would be built anew for each
@@ -104,8 +102,8 @@ def _next(
     (merge,) = (layer for layer in stack.layers if isinstance(layer, MergeLayer))
     hidden_B1D = F.embedding(ids_B, merge.tokens).unsqueeze(1)
     position_B1, alive_B1 = position_B.unsqueeze(1), alive_B.unsqueeze(1)
-    for layer, cache in zip(_decoder(stack), caches, strict=True):
-        hidden_B1D = layer.block(hidden_B1D, position_B1, alive_B1, visible_B11L, cache)[0]
+    for block, cache in zip(_decoder(stack), caches, strict=True):
+        hidden_B1D = block(hidden_B1D, position_B1, alive_B1, visible_B11L, cache)[0]
     return hidden_B1D
 
 
@@ -131,18 +129,20 @@ def _left_padded(prompts: Sequence[Sequence[int]], patches: int, vocabulary: Voc
 
 def _caches(stack: Stack, rows: int, length: int) -> list[KVCache]:
     caches = []
-    for layer in _decoder(stack):
-        attention = layer.block.attention
+    for block in _decoder(stack):
+        attention = block.attention
         shape = (rows, attention.kv_heads, length, attention.head_dim)
         like = attention.k.weight
         caches.append(KVCache(like.new_zeros(shape), like.new_zeros(shape)))
     return caches
 
 
-def _decoder(stack: Stack) -> list[DecoderLayer]:
-    return [layer for layer in stack.layers if isinstance(layer, DecoderLayer)]
+def _decoder(stack: Stack) -> list[DecoderBlock]:
+    blocks = [layer.block for layer in stack.layers if isinstance(layer, DecoderLayer)]
+    return [block for block in blocks if isinstance(block, DecoderBlock)]
 
 
 def _patches(stack: Stack, height: int, width: int) -> int:
-    patch = stack.layers[0].embed.patch_size
-    return (height // patch) * (width // patch)
+    first = stack.layers[0]
+    assert isinstance(first, PictureLayer)
+    return (height // first.embed.patch_size) * (width // first.embed.patch_size)

@@ -47,7 +47,7 @@ def attend(q_BHLd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, mask: Mask | None) ->
     if isinstance(mask, BlockMask):
         # Compiled on CUDA, where it is a kernel; elsewhere the plain version computes the same.
         kernel = _compiled_flex() if q_BHLd.is_cuda else flex_attention
-        out: Tensor = kernel(q_BHLd, k_BGLd, v_BGLd, block_mask=mask, enable_gqa=shared)
+        out: Tensor = kernel(q_BHLd, k_BGLd, v_BGLd, block_mask=mask, enable_gqa=shared)  # type: ignore[operator]
         return out
     return F.scaled_dot_product_attention(q_BHLd, k_BGLd, v_BGLd, attn_mask=mask, enable_gqa=shared)
 
@@ -59,11 +59,14 @@ def _dense_mask(segments_BL: Tensor) -> Tensor:
 
 def _block_mask(segments_BL: Tensor) -> BlockMask:
     B, L = segments_BL.shape
+    # A copy: the mask keeps what it looks at, and a view would keep the tensor it is filed under alive for ever.
+    segments_BL = segments_BL.clone()
 
     def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (segments_BL[b, q] == segments_BL[b, k])
 
-    return create_block_mask(visible, B, None, L, L, device=segments_BL.device.type)
+    mask: BlockMask = create_block_mask(visible, B, None, L, L, device=segments_BL.device.type)
+    return mask
 
 
 @lru_cache(maxsize=1)

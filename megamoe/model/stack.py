@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -37,24 +38,19 @@ class LayerSpec:
 def layer_specs(model: ModelConfig, image_token: int) -> list[LayerSpec]:
     """All layers, in order. ``image_token`` is the id that stands where a picture's patches go."""
     vision, decoder, moe, std = model.vision, model.decoder, model.moe, model.init_std
-    specs = [LayerSpec("vision.embed", False, lambda _: PictureLayer(model, image_token))]
+
+    def vision_block(index: int, shard: ExpertShard) -> nn.Module:
+        return VisionLayer(VisionBlock(vision, moe, index, shard, std), model, image_token)
+
+    def decoder_block(index: int, shard: ExpertShard) -> nn.Module:
+        return DecoderLayer(DecoderBlock(decoder, moe, index, shard, std), model)
+
+    specs = [LayerSpec("vision.embed", False, lambda _: PictureLayer(model))]
     for i in range(vision.depth):
-        specs.append(
-            LayerSpec(
-                f"vision.blocks.{i}",
-                vision.is_sparse(i),
-                lambda shard, i=i: VisionLayer(VisionBlock(vision, moe, i, shard, std), model, image_token),
-            )
-        )
+        specs.append(LayerSpec(f"vision.blocks.{i}", vision.is_sparse(i), partial(vision_block, i)))
     specs.append(LayerSpec("merge", False, lambda _: MergeLayer(model, image_token)))
     for i in range(decoder.depth):
-        specs.append(
-            LayerSpec(
-                f"decoder.blocks.{i}",
-                decoder.is_sparse(i),
-                lambda shard, i=i: DecoderLayer(DecoderBlock(decoder, moe, i, shard, std), model),
-            )
-        )
+        specs.append(LayerSpec(f"decoder.blocks.{i}", decoder.is_sparse(i), partial(decoder_block, i)))
     specs.append(LayerSpec("head", False, lambda _: HeadLayer(model)))
     return specs
 
@@ -119,18 +115,18 @@ def _call(block: nn.Module, *inputs: object) -> tuple[Tensor, Tensor | None, Ten
 class PictureLayer(nn.Module):
     """Pixels of all picture slots -> patch tokens."""
 
-    def __init__(self, model: ModelConfig, image_token: int):
+    def __init__(self, model: ModelConfig):
         super().__init__()
         self.embed = PatchEmbedding(model.vision, model.init_std)
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> State:
         """uint8 (B, I, height, width, 3), int64 (B, 3, L) -> state."""
         pixels, text_B3L = batch
-        B, I = pixels.shape[:2]
+        B, slots = pixels.shape[:2]
         patches = self.embed(pixels.flatten(0, 1))
         # A leaf with a gradient: a first stage without a sparse block still gets one back from the next stage.
         losses_2 = torch.zeros(2, dtype=torch.float32, device=patches.device, requires_grad=torch.is_grad_enabled())
-        return patches.reshape(B, I * patches.shape[1], -1), losses_2, text_B3L
+        return patches.reshape(B, slots * patches.shape[1], -1), losses_2, text_B3L
 
 
 class VisionLayer(SparseLayer):

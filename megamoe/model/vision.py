@@ -74,8 +74,7 @@ class VisionAttention(nn.Module):
         """(N, P, D) -> (N, P, D); N pictures do not see each other."""
         N, P, D = x_NPD.shape
         q, k, v = (
-            project(x_NPD).view(N, P, self.heads, D // self.heads).transpose(1, 2)
-            for project in (self.q, self.k, self.v)
+            project(x_NPD).view(N, P, self.heads, D // self.heads).transpose(1, 2) for project in (self.q, self.k, self.v)
         )
         return self.out(attend(q, k, v, None).transpose(1, 2).reshape(N, P, D))
 

@@ -65,6 +65,7 @@ class TrainEngine:
     def __init__(self, config: Config, layout: Layout, image_token: int, device: torch.device):
         self.layout, self.rank, self.device = layout, dist.get_rank(), device
         self._size = model_size(config)
+        self._experts = config.model.moe.experts
         self._loss = CaptionLoss(config.model.moe, self._size.sparse_blocks)
         specs = layer_specs(config.model, image_token)
         shard = ExpertShard(layout.expert_rank(self.rank), layout.expert)
@@ -156,14 +157,8 @@ class TrainEngine:
             counts = values[4 + i * self._experts : 4 + (i + 1) * self._experts]
             load[name] = [count / max(1.0, sum(counts)) for count in counts]
         norm = self.deepspeed.get_global_grad_norm()
-        return StepResult(*values[:4], grad_norm=float(norm) if norm is not None else float("nan"), load=load)
-
-    @property
-    def _experts(self) -> int:
-        for layer in self._layers.values():
-            if isinstance(layer, SparseLayer) and hasattr(layer.block.mlp, "router"):
-                return int(layer.block.mlp.router.experts)
-        return 0
+        loss, lm_loss, aux_loss, z_loss = values[:4]
+        return StepResult(loss, lm_loss, aux_loss, z_loss, float("nan") if norm is None else float(norm), load)
 
 
 class _Pipeline(PipelineModule):

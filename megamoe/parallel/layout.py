@@ -97,9 +97,7 @@ def plan_layout(config: Config, world_size: int) -> Layout:
             f"model.vision.sparse_every or model.decoder.sparse_every"
         )
     bounds = _partition(size, pipeline, needs_experts=expert > 1)
-    return Layout(
-        pipeline, data, expert, parallel.zero, train.global_batch // (train.micro_batch * data), tuple(bounds)
-    )
+    return Layout(pipeline, data, expert, parallel.zero, train.global_batch // (train.micro_batch * data), tuple(bounds))
 
 
 def _partition(size: ModelSize, stages: int, needs_experts: bool) -> list[int]:

@@ -80,5 +80,3 @@ def _kept(config: Config, layer: LayerSize, width: int) -> float:
     else:
         mlp = 2 * tower.width + (2 if tower is vision else 4) * tower.mlp_width
     return tokens * (attention + mlp) * width
-
-

@@ -160,13 +160,9 @@ def _load_charts(records: Sequence[Mapping[str, Any]]) -> list[Chart]:
         return []
     layers = list(with_load[-1]["load"])
     tail = with_load[-LAST:]
-    end = {
-        layer: np.mean([_row(record, layer) for record in tail if layer in record["load"]], axis=0) for layer in layers
-    }
+    end = {layer: np.mean([_row(record, layer) for record in tail if layer in record["load"]], axis=0) for layer in layers}
     # 1 is perfect; E means that one expert got everything.
-    worst = [
-        [_row(record, layer).max() * len(record["load"][layer]) for layer in record["load"]] for record in with_load
-    ]
+    worst = [[_row(record, layer).max() * len(record["load"][layer]) for layer in record["load"]] for record in with_load]
     balance = {
         "worst layer": np.array([max(row) for row in worst]),
         "mean of layers": np.array([float(np.mean(row)) for row in worst]),

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from megamoe.config import Config
@@ -82,7 +84,7 @@ def truncate_lost(run: Path, step: int) -> None:
         jsonl.truncate(path, step)
 
 
-def _pictures(batch: StepBatch, tokenizer: Tokenizer) -> tuple[object, Sequence[str]]:
+def _pictures(batch: StepBatch, tokenizer: Tokenizer) -> tuple[npt.NDArray[np.uint8], Sequence[str]]:
     """The first pictures of a batch, uint8 (N, H, W, 3), with their captions."""
     pixels, captions = [], []
     for images, text in batch.micro_batches:

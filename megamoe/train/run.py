@@ -91,5 +91,3 @@ def _tokenizer(config: Config) -> Tokenizer:
             f"{config.model.decoder.vocab_size}; wrong tokenizer, or raise vocab_size"
         )
     return tokenizer
-
-

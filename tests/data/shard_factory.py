@@ -21,9 +21,7 @@ def jpeg(seed: int = 0, side: int = 32) -> bytes:
     """A JPEG whose pixels depend on ``seed``."""
     steps = np.arange(side, dtype=np.int64)
     plane = (steps[:, None] * (seed % 7 + 1) + steps[None, :] * (seed % 5 + 2) + seed * 31) % 256
-    data: bytes = simplejpeg.encode_jpeg(
-        np.stack([plane, 255 - plane, plane // 2], axis=2).astype(np.uint8), quality=85
-    )
+    data: bytes = simplejpeg.encode_jpeg(np.stack([plane, 255 - plane, plane // 2], axis=2).astype(np.uint8), quality=85)
     return data
 
 

@@ -112,9 +112,7 @@ def test_an_index_older_than_its_shard_is_refused(tmp_path: Path) -> None:
     state = shard.stat()
     os.utime(shard, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
     for use in (lambda: load_index(shard, None), lambda: ensure_indexes([shard], None), lambda: ShardSet([shard])):
-        with pytest.raises(
-            DataError, match=rf"index {shard}.idx is older than its shard {shard}: run `megamoe data index"
-        ):
+        with pytest.raises(DataError, match=rf"index {shard}.idx is older than its shard {shard}: run `megamoe data index"):
             use()
     os.utime(shard, ns=(state.st_atime_ns, state.st_mtime_ns - 10**9))  # an older copy of the same size is the same
     assert load_index(shard, None).samples == 1
@@ -124,9 +122,7 @@ def test_an_index_older_than_its_shard_is_refused(tmp_path: Path) -> None:
         load_index(shard, None)
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda d: d[:100], lambda d: b"", lambda d: d[:-300] + bytes(300), lambda d: b"x" * 99]
-)
+@pytest.mark.parametrize("damage", [lambda d: d[:100], lambda d: b"", lambda d: d[:-300] + bytes(300), lambda d: b"x" * 99])
 def test_a_damaged_index_is_refused_with_the_remedy(tmp_path: Path, damage: object) -> None:
     shard = write_tar(tmp_path / "a.tar", sample(0))
     ensure_indexes([shard], None)

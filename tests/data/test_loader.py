@@ -120,9 +120,7 @@ def test_a_stopped_run_goes_on_exactly_on_other_ranks(
     assert (first + second + third, state) == reference
 
 
-def test_every_sample_comes_once_per_epoch_and_corrupt_ones_are_lost_once(
-    shards: ShardSet, tokenizer: Tokenizer
-) -> None:
+def test_every_sample_comes_once_per_epoch_and_corrupt_ones_are_lost_once(shards: ShardSet, tokenizer: Tokenizer) -> None:
     batches, state = run(shards, tokenizer, 14, dp_size=2, micro=2)
     epochs = min(state.values()) * GLOBAL_BATCH // shards.samples
     assert epochs >= 3

@@ -53,7 +53,7 @@ def test_a_worker_is_killed_every_step_is_there_once_and_a_second_demo_keeps_the
 def test_a_failing_command_ends_the_demo_and_half_made_shards_are_made_again(folder: Path) -> None:
     failed = demo(folder, FAIL="tokenizer")
     assert failed.returncode == 1
-    assert "`megamoe data tokenizer data/demo/train data/demo/tokenizer --vocab-size 320` ended with" in failed.stderr
+    assert "`megamoe data tokenizer data/demo/train data/demo/tokenizer --vocab-size 384` ended with" in failed.stderr
     assert "Traceback" not in failed.stderr and not (folder / "runs").exists()
     demo(folder, FAIL="index")
     verbs = (folder / "data-verbs").read_text()

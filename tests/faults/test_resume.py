@@ -94,9 +94,7 @@ def test_a_checkpoint_goes_on_under_another_layout(folder: Path, nproc: int, lay
 def _fp32_config(folder: Path) -> str:
     write_config(
         folder,
-        small_config(
-            train={"steps": 24}, optim={"name": "adamw", "lr": 3e-3, "clip": 0.5, "weight_decay": 0.1}
-        ),
+        small_config(train={"steps": 24}, optim={"name": "adamw", "lr": 3e-3, "clip": 0.5, "weight_decay": 0.1}),
         "fp32.yaml",
     )
     return "fp32.yaml"

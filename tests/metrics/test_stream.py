@@ -44,9 +44,7 @@ def test_what_is_not_finite_is_written_as_null(value: object) -> None:
     assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "loss": None, "load": {"a": [None]}}
 
 
-@given(
-    steps=st.integers(0, 12), resume=st.integers(0, 14), torn=st.binary(max_size=20).filter(lambda b: b"\n" not in b)
-)
+@given(steps=st.integers(0, 12), resume=st.integers(0, 14), torn=st.binary(max_size=20).filter(lambda b: b"\n" not in b))
 def test_resume_keeps_exactly_the_complete_lines_up_to_its_step(
     steps: int, resume: int, torn: bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
 
 from megamoe.config import Config
-from megamoe.model.attention import segment_positions
+from megamoe.model.attention import packed_causal_mask, segment_positions
 from megamoe.model.stack import IGNORE, Stack
 from tests.model.small import IMAGE, logits, pack, random_samples, small_config, small_stack
 
@@ -105,6 +108,17 @@ def test_loss_of_a_micro_batch_is_the_sum_over_its_sequences_and_auxiliary_losse
     each = [stack(pixels[b : b + 1], text[b : b + 1]) for b in range(len(pixels))]
     torch.testing.assert_close(total, torch.stack([part[0] for part in each]).sum(), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(losses, torch.stack([part[1] for part in each]).mean(0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_mask_is_made_once_per_batch_and_kept_no_longer_than_the_batch(kernel: str) -> None:
+    text = torch.randint(0, 3, (2, 3, 16))
+    mask = packed_causal_mask(text, kernel)
+    assert packed_causal_mask(text, kernel) is mask
+    alive = weakref.ref(mask)
+    del text, mask
+    gc.collect()
+    assert alive() is None
 
 
 def test_segment_positions_count_from_zero_in_each_segment() -> None:

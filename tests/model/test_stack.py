@@ -111,7 +111,9 @@ def test_names_of_layers_and_parameters_are_unique(seed: int) -> None:
     assert len(set(layers)) == len(layers)
     stack = build_stack(config, IMAGE)
     names = [
-        name for spec, layer in zip(stack.specs, stack.layers, strict=True) for name, _ in named_parameters(spec.name, layer)
+        name
+        for spec, layer in zip(stack.specs, stack.layers, strict=True)
+        for name, _ in named_parameters(spec.name, layer)
     ]
     assert len(set(names)) == len(names) == len(list(stack.parameters()))
 

@@ -67,9 +67,7 @@ def test_the_reference_learns_and_its_clipping_bites(references: dict[str, Refer
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_sgd_agrees_with_plain_pytorch(
-    layout: str, folder: Path, references: dict[str, Reference]
-) -> None:
+def test_sgd_agrees_with_plain_pytorch(layout: str, folder: Path, references: dict[str, Reference]) -> None:
     nproc, overrides = LAYOUTS[layout]
     name = _name("sgd", layout)
     rows = train(folder, name, nproc, overrides)
@@ -79,9 +77,7 @@ def test_sgd_agrees_with_plain_pytorch(
 
 
 @pytest.mark.parametrize("layout", ADAMW)
-def test_adamw_agrees_with_plain_pytorch(
-    layout: str, folder: Path, references: dict[str, Reference]
-) -> None:
+def test_adamw_agrees_with_plain_pytorch(layout: str, folder: Path, references: dict[str, Reference]) -> None:
     nproc, overrides = ADAMW[layout]
     rows = train(folder, _name("adamw", layout), nproc, overrides, config="adamw.yaml")
     difference, where = largest_difference(references["adamw.yaml"].rows, rows)
@@ -89,9 +85,7 @@ def test_adamw_agrees_with_plain_pytorch(
 
 
 @pytest.mark.parametrize("layout", ["pipeline 2 x expert 2", "expert 2, ZeRO-2", "expert 2, ZeRO-3"])
-def test_bf16_agrees_to_its_precision(
-    layout: str, folder: Path, references: dict[str, Reference]
-) -> None:
+def test_bf16_agrees_to_its_precision(layout: str, folder: Path, references: dict[str, Reference]) -> None:
     nproc, overrides = LAYOUTS[layout]
     rows = train(folder, _name("bf16", layout), nproc, (*overrides, "train.precision=bf16"), config="adamw.yaml")
     for row, reference in zip(rows, references["adamw.yaml"].rows, strict=True):
@@ -102,9 +96,7 @@ def test_bf16_agrees_to_its_precision(
 
 @pytest.mark.parametrize("mode", ["block", "offload"])
 @pytest.mark.parametrize("layout", ["pipeline 2 x expert 2", "expert 2, ZeRO-3"])
-def test_recomputation_changes_nothing(
-    mode: str, layout: str, folder: Path, references: dict[str, Reference]
-) -> None:
+def test_recomputation_changes_nothing(mode: str, layout: str, folder: Path, references: dict[str, Reference]) -> None:
     nproc, overrides = LAYOUTS[layout]
     rows = train(folder, _name(mode, layout), nproc, (*overrides, f"parallel.recompute={mode}"))
     difference, where = largest_difference(references["config.yaml"].rows, rows)
