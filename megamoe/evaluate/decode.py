@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megamoe.model.attention import packed_causal_mask, segment_positions
-from megamoe.model.decoder import DecoderAttention, DecoderBlock, KVCache
+from megamoe.model.decoder import DecoderBlock, KVCache
 from megamoe.model.stack import IGNORE, DecoderLayer, HeadLayer, MergeLayer, PictureLayer, Stack
 
 
