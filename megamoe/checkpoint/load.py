@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from megamoe.data.tokenizer import Tokenizer
 from megamoe.errors import CheckpointError
 from megamoe.model.parameter import ExpertShard
 from megamoe.model.stack import Stack, layer_specs, named_parameters
+
+TOKENIZER_FILE = "tokenizer.model"  # the copy in the run's folder
 
 
 @dataclass(frozen=True)
@@ -61,18 +64,19 @@ def load_model(source: Path) -> LoadedModel:
     folder = find_checkpoint(source)
     state = TrainState.from_json(read_manifest(folder).get("state"), str(folder))
     config = state.parsed_config(str(folder))
-    if config.data.tokenizer is None:
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else None
+    path = run / TOKENIZER_FILE if run is not None and (run / TOKENIZER_FILE).is_file() else config.data.tokenizer
+    if path is None:
         raise CheckpointError(f"checkpoint {folder}: its config names no data.tokenizer")
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = Tokenizer(path)
     if tokenizer.fingerprint != state.tokenizer:
-        raise CheckpointError(f"checkpoint {folder} was made with another tokenizer than {config.data.tokenizer} is now")
+        raise CheckpointError(f"checkpoint {folder} was made with another tokenizer than {path} is now")
     stack = Stack(layer_specs(config.model, tokenizer.image_id), ExpertShard(), seed=None)
     slots = []
     for spec, layer in zip(stack.specs, stack.layers, strict=True):
         for name, parameter in named_parameters(spec.name, layer):
             slots.append(flat_slot(f"weight/{name}", tuple(parameter.shape), 0, parameter.detach().view(-1)))
     read_pieces(folder, PieceLoadPlanner(slots), distributed=False)
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else None
     return LoadedModel(config, stack.eval().requires_grad_(False), tokenizer, state.step, run)
 
 
@@ -83,6 +87,7 @@ def read_pieces(folder: Path, planner: PieceLoadPlanner, distributed: bool) -> N
         CheckpointError: something is missing or damaged.
     """
     try:
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
         dcp.load(  # type: ignore[attr-defined]
             {}, storage_reader=SafetensorsReader(folder), planner=planner, no_dist=not distributed
         )

@@ -39,6 +39,7 @@ class Tokenizer:
         self.eos_id: int = self._pieces.piece_to_id(EOS)
         self.image_id: int = self._pieces.piece_to_id(IMAGE)
         self.size: int = self._pieces.get_piece_size()
+        self.path = Path(path)
         self.fingerprint = hashlib.sha256(model).hexdigest()
 
     def encode(self, text: str) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,6 +30,8 @@ def joined_world() -> Iterator[torch.device]:
         # DeepSpeed would warn that it found no accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19.8 calls collectives under names that torch 2.13 has deprecated.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
     # A shared-memory all-reduce for inference that DeepSpeed would compile with g++ at each first start.

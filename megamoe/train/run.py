@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from megamoe.checkpoint.load import find_checkpoint
+from megamoe.checkpoint.load import TOKENIZER_FILE, find_checkpoint
 from megamoe.checkpoint.store import newest_checkpoint
 from megamoe.config import Config, dump_config
 from megamoe.data.catalog import ShardSet
+from megamoe.data.files import atomic_file
 from megamoe.data.index import ensure_indexes
 from megamoe.data.shards import expand_shards
 from megamoe.data.tokenizer import Tokenizer
@@ -32,6 +33,8 @@ def train(config: Config, resume: str) -> None:
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     layout = plan_layout(config, world_size)
+    if config.model.attention == "flex" and not torch.cuda.is_available():
+        raise UserError("model.attention is flex, which trains on CUDA only; use model.attention=sdpa or auto")
     checkpoint = resume_point(config, resume)
     tokenizer = _tokenizer(config)
     paths = expand_shards(config.data.train)
@@ -39,7 +42,7 @@ def train(config: Config, resume: str) -> None:
         raise UserError("data.train is empty: name the training shards, for example data.train=shards/{00000..00063}.tar")
     index_dir = config.data.index or config.run.folder / "index"
     if rank == 0:
-        prepare_folder(config)
+        prepare_folder(config, tokenizer)
         ensure_indexes(paths, index_dir)
 
     from megamoe.parallel.world import joined_world  # imports DeepSpeed, which takes seconds
@@ -69,14 +72,16 @@ def resume_point(config: Config, resume: str) -> Path | None:
     return find_checkpoint(Path(resume))
 
 
-def prepare_folder(config: Config) -> None:
-    """Make the run's folder and write the resolved config into it."""
+def prepare_folder(config: Config, tokenizer: Tokenizer) -> None:
+    """Make the run's folder and write the resolved config and the tokenizer into it, so that it can be moved."""
     folder = config.run.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".config.yaml.{os.getpid()}"
         temporary.write_text(dump_config(config), encoding="utf-8")
         os.replace(temporary, folder / "config.yaml")
+        with atomic_file(folder / TOKENIZER_FILE) as file:
+            file.write(tokenizer.path.read_bytes())
     except OSError as error:
         raise UserError(f"run.dir {folder}: cannot be written ({error.strerror}); free space or choose another") from error
 

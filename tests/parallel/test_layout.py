@@ -45,9 +45,7 @@ def test_layouts_that_cannot_be_right_are_refused_with_the_remedy(
 
 
 @given(pipeline=st.integers(1, 6), expert=st.sampled_from([1, 2, 4]), replicas=st.integers(1, 3))
-def test_stages_cover_all_layers_once_and_hold_experts_where_they_must(
-    pipeline: int, expert: int, replicas: int
-) -> None:
+def test_stages_cover_all_layers_once_and_hold_experts_where_they_must(pipeline: int, expert: int, replicas: int) -> None:
     data = expert * replicas
     config = parse_config(
         small_config(parallel={"pipeline": pipeline, "expert": expert}, train={"global_batch": 8 * data}), "test"
