@@ -1,4 +1,4 @@
-"""The reference page of all settings, made from the config itself: ``python -m megamoe.config.reference > docs/config.md``."""
+"""The reference page of all settings, made from the config: ``python -m megamoe.config.reference > docs/config.md``."""
 
 from __future__ import annotations
 

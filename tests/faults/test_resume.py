@@ -52,7 +52,7 @@ def test_the_same_command_twice_gives_identical_metrics(folder: Path) -> None:
 def test_killed_at_a_random_step_and_resumed_gives_identical_metrics(folder: Path, seed: int) -> None:
     rng = random.Random(seed)
     run = folder / "runs" / f"killed-{seed}"
-    at_step, victim = rng.randrange(2, 20), rng.randrange(4)
+    at_step, victim = rng.randrange(2, 14), rng.randrange(4)
     command = [sys.executable, "-m", "megamoe", "train", "config.yaml", "--nproc", "4", "--resume", "auto"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
