@@ -27,7 +27,7 @@ from megamoe.metrics.stream import METRICS_FILE, read_metrics
 CONFIG = Path("configs/demo.yaml")
 DATA = Path("data/demo")
 PROCESSES = 4
-SAMPLES = 40_000
+SAMPLES = 80_000
 HELD_OUT = 500
 TARGET = 0.95  # exact match on held-out pictures
 KILL_AT = 0.4  # of the steps: late enough to have a checkpoint behind, early enough to have much ahead

@@ -37,7 +37,7 @@ def test_a_worker_is_killed_every_step_is_there_once_and_a_second_demo_keeps_the
     first = demo(folder)
     assert first.returncode == 0, first.stderr
     assert "$ megamoe train configs/demo.yaml --nproc 4" in first.stdout
-    assert "$ megamoe data synth data/demo --samples 40000 --seed 0 --level 1 --validation 500" in first.stdout
+    assert "$ megamoe data synth data/demo --samples 80000 --seed 0 --level 1 --validation 500" in first.stdout
     assert "with SIGKILL" in first.stderr and "restart 1 of at most 3" in first.stderr
     assert "20 steps, each once; worker " in first.stderr
     assert "97.0% of the held-out captions (target 95%: reached)" in first.stderr
