@@ -82,7 +82,7 @@ def test_killed_at_a_random_step_and_resumed_gives_identical_metrics(folder: Pat
     ],
 )
 def test_a_checkpoint_goes_on_under_another_layout(folder: Path, nproc: int, layout: tuple[str, ...]) -> None:
-    name = f"moved-{nproc}-" + "-".join(layout).replace("parallel.", "")
+    name = f"moved-{nproc}-" + "-".join(layout).replace("parallel.", "").replace("=", "")
     source = folder / "runs" / "fp32" / "checkpoints" / "step-00000008"
     if not source.exists():
         train(folder, "fp32", 4, (*LAYOUT, "train.precision=fp32"))
