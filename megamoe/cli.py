@@ -71,7 +71,7 @@ def train(ctx: click.Context, config: Path, overrides: tuple[str, ...], nproc: i
 
 @megamoe.command(name="eval", short_help="Caption held-out pictures and count the right ones.")
 @click.argument("source", type=PATH, metavar="CHECKPOINT|RUN")
-@click.option("--data", required=True, multiple=True, metavar="SHARDS", help="Held-out shards.")
+@click.option("--data", multiple=True, metavar="SHARDS", help="Held-out shards.  [default: data.validation of the run]")
 @click.option("--task", type=click.Choice(["caption"]), default="caption", show_default=True)
 @click.option("--limit", type=click.IntRange(min=1), help="Samples to look at.  [default: all]")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Pictures at a time.")

@@ -74,7 +74,7 @@ def test_version(tmp_path: Path) -> None:
         (["train", "tiny.yaml", "--nproc", "3", "parallel.pipeline=2"], "parallel.pipeline"),
         (["train", "tiny.yaml", "--resume", "no/such/step-00000010"], "--resume no/such/step-00000010"),
         (["plan", "tiny.yaml", "model.moe.top_k=99"], "top_k 99"),
-        (["eval", "runs/tiny"], "--data"),
+        (["eval", "runs/tiny"], "runs/tiny"),
         (["report", "runs/nothing"], "metrics.jsonl"),
         (["data", "synth", "out"], "--samples"),
         (["nonsense"], "nonsense"),

@@ -152,7 +152,7 @@ class DataConfig(Section):
     """Image-text shards and how they become packed sequences."""
 
     train: Shards = Field([], description="Training shards: folder, glob, path/{00000..00063}.tar, a::b.")
-    validation: Shards = Field([], description="Held-out shards, same forms; used by eval.")
+    validation: Shards = Field([], description="Held-out shards, same forms: what eval takes without --data.")
     tokenizer: Path | None = Field(None, description="sentencepiece model made by `megamoe data tokenizer`.")
     sequence_length: PositiveInt = Field(2048, description="Tokens of a packed sequence, picture tokens included.")
     images_per_sequence: PositiveInt = Field(8, description="Picture slots of a packed sequence.")

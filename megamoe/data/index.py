@@ -103,7 +103,7 @@ def build_index(shard: Path) -> ShardIndex:
     seen: set[str] = set()
     file, before = open_for_walk(shard)
     with file:
-        for key, members in _groups(walk(shard, file, before.st_size)):
+        for key, members in groups(walk(shard, file, before.st_size)):
             if key in seen:
                 duplicates.append(key)
                 continue
@@ -221,7 +221,7 @@ def ensure_indexes(shards: Sequence[Path], index_dir: Path | None) -> None:
         write_index(build_index(shard), index_path(shard, index_dir))
 
 
-def _groups(members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+def groups(members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
     """Adjacent members with one key. An extension that comes twice begins a new group: nothing is overwritten."""
     current: str | None = None
     group: dict[str, Member] = {}

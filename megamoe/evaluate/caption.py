@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_caption(
-    source: Path, data: list[str], name: str = "validation", limit: int | None = None, batch: int = 64
+    source: Path, data: list[str] | None = None, name: str = "validation", limit: int | None = None, batch: int = 64
 ) -> dict[str, Any]:
     """Caption the pictures of ``data`` greedily, compare with their captions, and write the figures of split ``name``.
 
     Args:
         source: Run folder (its newest checkpoint) or checkpoint folder.
-        data: Shards, in the forms of ``data.train``.
+        data: Shards, in the forms of ``data.train``; none: ``data.validation`` of the run's config.
         name: Name of the split. ``validation`` is the top level of eval.json, others are under ``splits``.
         limit: Most samples to look at; default all.
         batch: Pictures at a time. It changes no result but the memory and time that are needed.
@@ -51,6 +51,9 @@ def evaluate_caption(
     """
     check_name(name)
     loaded = load_model(source)
+    data = data or loaded.config.data.validation
+    if not data:
+        raise UserError("data.validation of the run is empty: name the held-out shards with --data SHARDS")
     folder = results_folder(source)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded.stack.to(device)

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,24 @@ def test_exact_match_counts_captions_that_are_equal_and_lost_samples_are_named(o
 def test_loss_is_that_of_training_on_the_same_samples_long_captions_cut_alike(own_run: Path, held_out: Path) -> None:
     result = evaluate_caption(own_run, [str(held_out)])
     assert result["loss"] == pytest.approx(training_loss(own_run, held_out), rel=1e-5)
+
+
+def test_without_data_the_validation_shards_of_the_run_are_taken(
+    own_run: Path, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(held_out, tmp_path / "shards/validation")
+    monkeypatch.chdir(tmp_path)
+    assert evaluate_caption(own_run)["samples"] == 10
+    assert evaluate_caption(own_run)["data"] == ["shards/validation"]
+
+
+def test_without_data_and_validation_shards_an_error_names_both(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model(own_run)
+    data = loaded.config.data.model_copy(update={"validation": []})
+    loaded = replace(loaded, config=loaded.config.model_copy(update={"data": data}))
+    monkeypatch.setattr(caption_module, "load_model", lambda source: loaded)
+    with pytest.raises(UserError, match=r"data\.validation .* --data"):
+        evaluate_caption(own_run)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
