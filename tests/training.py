@@ -70,7 +70,7 @@ def small_config(**sections: dict[str, Any]) -> dict[str, Any]:
             "sequence_length": 96,
             "images_per_sequence": 3,
             "workers": 0,
-            "shuffle_window": 64,
+            "shuffle_shards": 2,
             "audit": True,
         },
         "train": {"steps": 10, "global_batch": 8, "micro_batch": 1, "precision": "fp32"},

@@ -18,7 +18,7 @@ class TrainState:
         tokens: Tokens of packed sequences trained on, padding left out.
         samples: Image-text pairs trained on.
         lost: Samples that could not be used so far.
-        cursors: Position of each lane in its stream of samples; the index is the slot in the global batch.
+        position: Where the run is in its data: :meth:`megamoe.data.state.DataState.to_json`.
         config: The resolved config, as a tree.
         tokenizer: Fingerprint of the tokenizer.
         data: Fingerprint of the training shards.
@@ -29,7 +29,7 @@ class TrainState:
     tokens: int
     samples: int
     lost: int
-    cursors: list[int]
+    position: dict[str, Any]
     config: dict[str, Any]
     tokenizer: str
     data: str
@@ -76,7 +76,8 @@ def check_fits(state: TrainState, config: Config, tokenizer: str, data: str, sou
         ("train.precision", was.train.precision, config.train.precision),
         ("data.sequence_length", was.data.sequence_length, config.data.sequence_length),
         ("data.images_per_sequence", was.data.images_per_sequence, config.data.images_per_sequence),
-        ("data.shuffle_window", was.data.shuffle_window, config.data.shuffle_window),
+        ("data.shuffle_shards", was.data.shuffle_shards, config.data.shuffle_shards),
+        ("data.held_out", was.data.held_out, config.data.held_out),
     )
     for key, old, new in fixed:
         if old != new:

@@ -22,6 +22,13 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _as_sources(value: object) -> object:
+    """Shards alone are one source."""
+    if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(each, str) for each in value)):
+        return [{"shards": value}]
+    return [value] if isinstance(value, dict) else value
+
+
 Shards = Annotated[list[str], BeforeValidator(_as_list)]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
@@ -148,22 +155,57 @@ class ParallelConfig(Section):
     )
 
 
+class SourceConfig(Section):
+    """Shards that are mixed with others at a given weight."""
+
+    shards: Annotated[Shards, Field(min_length=1)] = Field(description="Shards of this source.")
+    weight: Positive = Field(1.0, description="Share of the samples read, relative to the other sources.")
+    name: str | None = Field(None, min_length=1, description="Name in the metrics. Default: its number.")
+
+
+Sources = Annotated[list[SourceConfig], BeforeValidator(_as_sources)]
+
+
 class DataConfig(Section):
     """Image-text shards and how they become packed sequences."""
 
-    train: Shards = Field([], description="Training shards: folder, glob, path/{00000..00063}.tar, a::b.")
+    train: Sources = Field(
+        [],
+        description="Training shards: folder, glob, path/{00000..00063}.tar, a::b, http(s)://, s3:// and what else fsspec "
+        "knows, pipe:. Several sources are a list of {shards: ..., weight: 1.0, name: ...}; weight is the share of the "
+        "samples read, and each source goes through its own epochs.",
+    )
     validation: Shards = Field([], description="Held-out shards, same forms: what eval takes without --data.")
+    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="Share of the training samples, chosen by a hash of their keys, that is never trained on; eval takes "
+        "them if there is no data.validation. The choice stays when shards are re-cut.",
+    )
     tokenizer: Path | None = Field(None, description="sentencepiece model made by `megamoe data tokenizer`.")
     sequence_length: PositiveInt = Field(2048, description="Tokens of a packed sequence, picture tokens included.")
     images_per_sequence: PositiveInt = Field(8, description="Picture slots of a packed sequence.")
     workers: Count = Field(2, description="Decoding processes per loading rank; 0: decode in the training process.")
     prefetch: PositiveInt = Field(2, description="Steps that each worker prepares ahead.")
-    shuffle_window: PositiveInt = Field(
-        16384, description="Samples are shuffled within windows of this size, shards over the whole epoch."
+    shuffle_shards: PositiveInt = Field(
+        8, description="Samples are shuffled within windows of so many shards, shards over the whole epoch."
     )
     index: Path | None = Field(
         None, description="Folder for indexes of shards that have none beside them. Default: <run.dir>/index."
     )
+    cache: Path | None = Field(
+        None,
+        description="Folder of this node for shards that are not local files, shared by its ranks. Default: "
+        "$MEGAMOE_CACHE, else ~/.cache/megamoe/shards.",
+    )
+    cache_gb: Positive = Field(
+        100.0, description="Size of the cache in GB (10^9 bytes); what was used least recently is dropped first."
+    )
+    bad_shards: Literal["stop", "quarantine"] = Field(
+        "stop",
+        description="When a shard cannot be had or read: stop the run, or go on without it; all ranks do the same and the "
+        "checkpoint keeps it.",
+    )
+    max_bad_shards: Count = Field(10, description="Stop when more shards than this are in quarantine.")
     max_corrupt: Annotated[float, Field(ge=0, le=1)] = Field(
         0.01, description="Stop when more than this share of the samples read so far could not be used."
     )
@@ -236,6 +278,13 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _names_of_sources(self) -> Config:
+        names = [source.name for source in self.data.train if source.name is not None]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data.train: two sources have one name ({', '.join(names)}); name them apart")
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Config:

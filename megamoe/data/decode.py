@@ -39,7 +39,7 @@ class CorruptSample(Exception):
     """One sample cannot be used; the message is the reason. The reader goes on with the next and counts it as lost."""
 
 
-def decode_image(data: bytes, size: int) -> npt.NDArray[np.uint8]:
+def decode_image(data: bytes, size: int, out: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
     """Decode a JPEG, PNG or WebP (told by its first bytes, not by its name) to RGB.
 
     Transparency is laid on white, the Exif orientation is applied, and of an animation the first frame is taken.
@@ -47,6 +47,8 @@ def decode_image(data: bytes, size: int) -> npt.NDArray[np.uint8]:
     Args:
         data: the file's bytes.
         size: side of the result in pixels.
+        out: uint8 (size, size, 3), contiguous, to be filled and returned; default a new one. After an error it may hold
+            part of the picture.
 
     Returns:
         uint8 (size, size, 3).
@@ -56,9 +58,10 @@ def decode_image(data: bytes, size: int) -> npt.NDArray[np.uint8]:
     """
     if not data:
         raise CorruptSample("image: empty")
+    out = np.empty((size, size, 3), dtype=np.uint8) if out is None else out
     try:
         if data[:3] == b"\xff\xd8\xff":
-            image = _jpeg(data, size)
+            image = _jpeg(data, size, out)
         elif data[:8] == _PNG:
             _check_png(data)
             image = _pillow(data, "PNG", size)
@@ -70,7 +73,9 @@ def decode_image(data: bytes, size: int) -> npt.NDArray[np.uint8]:
         raise
     except Exception as error:  # decoders answer bad bytes with errors of every type: ValueError, OSError, SyntaxError ...
         raise CorruptSample(f"image: {' '.join(str(error).split()) or type(error).__name__}") from error
-    return np.asarray(image, dtype=np.uint8)
+    if image is not None:
+        out[...] = np.asarray(image, dtype=np.uint8)
+    return out
 
 
 def decode_caption(data: bytes, ext: str) -> str:
@@ -92,14 +97,19 @@ def decode_caption(data: bytes, ext: str) -> str:
     return str(text)
 
 
-def _jpeg(data: bytes, size: int) -> Image.Image:
+def _jpeg(data: bytes, size: int, out: npt.NDArray[np.uint8]) -> Image.Image | None:
+    """The picture, or None if it was decoded straight into ``out``."""
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     _check_pixels(width, height)
     if colorspace in ("CMYK", "YCCK"):  # simplejpeg has no colour conversion for these
         return _pillow(data, "JPEG", size)
+    turned = b"Exif\0\0" in data[:_EXIF_AREA]
+    if (height, width) == (size, size) and not turned:
+        simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out, strict=True)
+        return None
     pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=size, min_width=size, strict=True)
     image = _resize(Image.fromarray(pixels), size)
-    if b"Exif\0\0" not in data[:_EXIF_AREA]:
+    if not turned:
         return image
     with Image.open(io.BytesIO(data), formats=["JPEG"]) as header:
         rotation = _ROTATIONS.get(header.getexif().get(_ORIENTATION, 1))

@@ -15,26 +15,52 @@ import hashlib
 import json
 import os
 import re
-import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 
 from megamoe.data.files import atomic_file
+from megamoe.data.shards import is_remote
 from megamoe.data.tar import Member, open_for_walk, walk
 from megamoe.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 TEXT_EXTENSIONS = ("txt", "json")
 _EXTENSIONS = IMAGE_EXTENSIONS + TEXT_EXTENSIONS  # an extension is stored as its place in here
 _NAME = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$", re.DOTALL)  # key and extension, as webdataset splits them
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's names for what is no sample
+
+
+class ShardState(NamedTuple):
+    """A shard on this machine: its file, and what tells it from an earlier one of the same name.
+
+    ``identity`` is what the server said of a fetched shard (its ETag); it is empty for a local file, whose time counts.
+    """
+
+    path: Path
+    bytes: int
+    mtime_ns: int
+    identity: str
+
+    @classmethod
+    def of_file(cls, path: Path) -> ShardState:
+        """The state of a local file.
+
+        Raises:
+            DataError: it cannot be looked at.
+        """
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DataError(f"shard {path}: cannot be read ({error.strerror}); check the path") from error
+        return cls(path, status.st_size, status.st_mtime_ns, "")
 
 
 class SampleEntry(NamedTuple):
@@ -57,6 +83,7 @@ class IndexHeader:
     shard: str
     bytes: int
     mtime_ns: int
+    identity: str
     samples: int
     incomplete: int
     duplicates: int
@@ -90,8 +117,8 @@ class ShardIndex:
         return SampleEntry(self.key(i), image_offset, image_size, image_ext, text_offset, text_size, text_ext)
 
 
-def build_index(shard: Path) -> ShardIndex:
-    """Read the headers of ``shard`` once, front to back.
+def build_index(shard: str | Path, state: ShardState | None = None) -> ShardIndex:
+    """Read the headers of ``shard`` once, front to back; ``state`` says where it lies if that is not its name.
 
     Raises:
         DataError: it cannot be opened, is no whole tar, holds no complete sample, or changes while it is read.
@@ -101,9 +128,10 @@ def build_index(shard: Path) -> ShardIndex:
     incomplete: list[tuple[str, str]] = []
     duplicates: list[str] = []
     seen: set[str] = set()
-    file, before = open_for_walk(shard)
+    path = state.path if state else Path(shard)
+    file, before = open_for_walk(path)
     with file:
-        for key, members in groups(walk(shard, file, before.st_size)):
+        for key, members in groups(walk(str(shard), file, before.st_size)):
             if key in seen:
                 duplicates.append(key)
                 continue
@@ -124,8 +152,10 @@ def build_index(shard: Path) -> ShardIndex:
     if not rows:
         why = f"its first group {incomplete[0][0]!r} has {incomplete[0][1]}" if incomplete else "the tar is empty"
         raise DataError(f"shard {shard}: no samples ({why}); a sample is KEY.jpg with KEY.txt, one after the other")
+    identity = state.identity if state else ""
+    mtime_ns = 0 if identity else before.st_mtime_ns
     header = IndexHeader(
-        FORMAT, shard.name, before.st_size, before.st_mtime_ns, len(rows), len(incomplete), len(duplicates)
+        FORMAT, Path(shard).name, before.st_size, mtime_ns, identity, len(rows), len(incomplete), len(duplicates)
     )
     return ShardIndex(
         header,
@@ -152,73 +182,87 @@ def write_index(index: ShardIndex, path: Path) -> None:
         )
 
 
-def index_path(shard: Path, index_dir: Path | None) -> Path:
+def index_path(shard: str | Path, index_dir: Path | None) -> Path:
     """The file that holds, or would hold, the index of ``shard``: beside it if that exists, else in ``index_dir``.
 
-    Without ``index_dir`` it is the one beside the shard in any case.
+    Without ``index_dir`` it is the one beside the shard in any case. A shard that is not a local file has none beside it.
     """
-    beside = shard.with_name(f"{shard.name}.idx")
-    if index_dir is None or beside.exists():
-        return beside
-    where = hashlib.sha256(os.fsencode(os.path.realpath(shard))).hexdigest()[:16]
-    return index_dir / f"{shard.stem}-{where}.tar.idx"
+    name = os.fspath(shard)
+    remote = is_remote(name)
+    if not remote:
+        path = Path(name)
+        beside = path.with_name(f"{path.name}.idx")
+        if index_dir is None or beside.exists():
+            return beside
+        name = os.path.realpath(path)
+    assert index_dir is not None, "indexes of remote shards lie in the cache or in data.index"
+    where = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    stem = "shard" if remote else Path(name).stem
+    return index_dir / f"{stem}-{where}.tar.idx"
 
 
-def load_header(shard: Path, index_dir: Path | None) -> IndexHeader:
-    """The header of the index of ``shard``, without its offsets.
-
-    Raises:
-        DataError: as for :func:`load_index`.
-    """
-    path = index_path(shard, index_dir)
-    with _open_index(path, shard) as arrays:
-        return _checked_header(arrays, path, shard)
-
-
-def load_index(shard: Path, index_dir: Path | None) -> ShardIndex:
-    """The index of ``shard``.
+def load_index(shard: str | Path, index_dir: Path | None, state: ShardState | None = None) -> ShardIndex:
+    """The index of ``shard``. ``state`` is where the shard lies now; default the local file of its name.
 
     Raises:
         DataError: the shard or its index is missing, the index cannot be read, or it is older than its shard.
     """
+    index = read_index(shard, index_dir)
+    header, now = index.header, state or ShardState.of_file(Path(shard))
+    if now.bytes != header.bytes or now.mtime_ns > header.mtime_ns or now.identity != header.identity:
+        path = index_path(shard, index_dir)
+        raise DataError(f"index {path} is older than its shard {shard}: run `megamoe data index {shard}`")
+    return index
+
+
+def read_index(shard: str | Path, index_dir: Path | None) -> ShardIndex:
+    """The index of ``shard`` as it was made, whatever has become of the shard since.
+
+    Raises:
+        DataError: it is missing, damaged or of another format.
+    """
     path = index_path(shard, index_dir)
-    with _open_index(path, shard) as arrays:
-        header = _checked_header(arrays, path, shard)
-        try:
+    damaged = f"index {path}: damaged; run `megamoe data index {shard}`"
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            content = json.loads(arrays["header"].tobytes())
+            if content["format"] != FORMAT:
+                raise DataError(f"index {path}: format {content['format']}, not {FORMAT}; run `megamoe data index {shard}`")
             problems = json.loads(arrays["problems"].tobytes())
             index = ShardIndex(
-                header,
+                IndexHeader(**content),
                 arrays["table"],
                 arrays["keys"],
                 arrays["key_ends"],
                 [(key, why) for key, why in problems["incomplete"]],
                 problems["duplicates"],
             )
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise DataError(f"index {path}: damaged; run `megamoe data index {shard}`") from error
-    if index.table.shape != (header.samples, 6) or len(index.key_ends) != header.samples:
-        raise DataError(f"index {path}: damaged; run `megamoe data index {shard}`")
+    except FileNotFoundError as error:
+        raise DataError(f"shard {shard}: has no index; run `megamoe data index {shard}`") from error
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(damaged) from error
+    if index.table.shape != (index.samples, 6) or len(index.key_ends) != index.samples:
+        raise DataError(damaged)
     return index
 
 
-def ensure_indexes(shards: Sequence[Path], index_dir: Path | None) -> None:
-    """Make the indexes that do not exist yet, with progress on stderr. For one process, before others load them.
+def learn_index(shard: str | Path, index_dir: Path | None, state: ShardState | None = None) -> ShardIndex:
+    """The index of ``shard``, made and kept for the next time if there is none; processes that ask at once make it once.
 
     Raises:
-        DataError: a shard cannot be used, or an index that exists is older than its shard or damaged.
+        DataError: the shard cannot be used, or an index that exists is older than its shard or damaged.
     """
-    missing = []
-    for shard in shards:
-        if index_path(shard, index_dir).exists():
-            load_header(shard, index_dir)
-        else:
-            missing.append(shard)
-    if not missing:
-        return
-    from tqdm import tqdm
-
-    for shard in tqdm(missing, desc="index", unit="shard", file=sys.stderr, disable=None):
-        write_index(build_index(shard), index_path(shard, index_dir))
+    path = index_path(shard, index_dir)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock")
+        with FileLock(lock):
+            if not path.exists():
+                index = build_index(shard, state)
+                write_index(index, path)
+                lock.unlink(missing_ok=True)
+                return index
+    return load_index(shard, index_dir, state)
 
 
 def groups(members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
@@ -253,30 +297,3 @@ def _has_caption(file: BinaryIO, member: Member) -> bool:
 
 def _json_array(content: object) -> npt.NDArray[np.uint8]:
     return np.frombuffer(json.dumps(content).encode("utf-8"), dtype=np.uint8)
-
-
-def _open_index(path: Path, shard: Path) -> Any:
-    try:
-        return np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise DataError(f"shard {shard}: has no index; run `megamoe data index {shard}`") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"index {path}: damaged; run `megamoe data index {shard}`") from error
-
-
-def _checked_header(arrays: Any, path: Path, shard: Path) -> IndexHeader:
-    try:
-        content = json.loads(arrays["header"].tobytes())
-        version = content["format"]
-        header = IndexHeader(**content) if version == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise DataError(f"index {path}: damaged; run `megamoe data index {shard}`") from error
-    if header is None:
-        raise DataError(f"index {path}: format {version}, not {FORMAT}; run `megamoe data index {shard}`")
-    try:
-        state = shard.stat()
-    except OSError as error:
-        raise DataError(f"shard {shard}: cannot be read ({error.strerror}); check the path") from error
-    if state.st_size != header.bytes or state.st_mtime_ns > header.mtime_ns:
-        raise DataError(f"index {path} is older than its shard {shard}: run `megamoe data index {shard}`")
-    return header

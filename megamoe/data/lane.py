@@ -6,16 +6,17 @@ position of the next sample in the lane. So any rank or worker can carry any lan
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from megamoe.data.catalog import ShardSet
+from megamoe.data.catalog import Catalog, Located
 from megamoe.data.decode import CorruptSample, decode_caption, decode_image
 from megamoe.data.order import SampleOrder
 from megamoe.data.pack import PackShape, SequenceBuilder
-from megamoe.data.storage import Storage
 from megamoe.data.tokenizer import Tokenizer
 from megamoe.errors import DataError
 
@@ -33,18 +34,18 @@ class LostSample:
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """A sequence and what went into it. ``cursor`` is the lane's state after it.
+    """What went into a sequence. ``cursor`` is the lane's state after it.
 
-    ``pixels`` uint8 (I, H, W, 3), ``text`` int64 (3, L): see :class:`megamoe.data.pack.SequenceBuilder`.
+    ``counters``: by (source, what): ``samples``, ``bytes`` of their members, ``decode_seconds``, and ``lost_image``,
+    ``lost_caption``, ``lost_incomplete``, ``lost_shard`` by cause.
     """
 
-    pixels: npt.NDArray[np.uint8]
-    text: npt.NDArray[np.int64]
     samples: list[str]
     lost: list[LostSample]
     truncated: int
     targets: int
     cursor: int
+    counters: Counter[tuple[int, str]]
 
 
 class LanePacker:
@@ -55,47 +56,47 @@ class LanePacker:
     corrupt picture does not change what other lanes see.
     """
 
-    def __init__(
-        self,
-        lane: int,
-        *,
-        shards: ShardSet,
-        storage: Storage,
-        order: SampleOrder,
-        tokenizer: Tokenizer,
-        shape: PackShape,
-    ) -> None:
+    def __init__(self, lane: int, *, catalog: Catalog, order: SampleOrder, tokenizer: Tokenizer, shape: PackShape) -> None:
         self.lane = lane
-        self._shards = shards
-        self._storage = storage
+        self._catalog = catalog
         self._order = order
         self._tokenizer = tokenizer
         self._shape = shape
 
-    def next_sequence(self, cursor: int) -> PackedSequence:
-        """The sequence that begins with the lane's sample number ``cursor``.
+    def next_sequence(self, cursor: int, pixels: npt.NDArray[np.uint8], text: npt.NDArray[np.int64]) -> PackedSequence:
+        """Fill one sequence, beginning with the lane's sample number ``cursor``.
+
+        Args:
+            cursor: the lane's state.
+            pixels: uint8 (I, H, W, 3), filled; see :class:`megamoe.data.pack.SequenceBuilder`.
+            text: int64 (3, L), filled.
 
         Raises:
-            DataError: a shard cannot be read, or ``MAX_LOST_IN_A_ROW`` samples in a row could not be used.
+            BadShard: a shard cannot be used.
+            DataError: ``MAX_LOST_IN_A_ROW`` samples in a row could not be used.
         """
-        builder = SequenceBuilder(self._shape, self._tokenizer)
+        builder = SequenceBuilder(self._shape, self._tokenizer, pixels, text)
         samples: list[str] = []
         lost: list[LostSample] = []
+        counters: Counter[tuple[int, str]] = Counter()
         in_a_row = 0
         while not builder.full:
-            _, shard, sample = self._order.locate(self.lane, cursor)
-            entry, path = self._shards.index(shard).sample(sample), self._shards.shards[shard]
-            name = f"{self._shards.labels[shard]}#{entry.key}"
+            ref = self._order.locate(self.lane, cursor)
+            name = f"{self._catalog.labels[ref.source][ref.shard]}#sample {ref.sample}"  # until its key is known
             try:
+                located = self._catalog.sample(ref.source, ref.shard, ref.sample)
+                name = located.id
                 # text first: it is cheap and decides whether the picture is worth decoding now
-                text = decode_caption(self._storage.read(path, entry.text_offset, entry.text_size), entry.text_ext)
-                caption = self._tokenizer.encode(text)
+                caption = self._caption(located)
                 if not builder.fits(caption):
                     break
-                data = self._storage.read(path, entry.image_offset, entry.image_size)
-                pixels = decode_image(data, self._shape.image_size)
+                data = self._catalog.read(located, located.entry.image_offset, located.entry.image_size)
+                started = time.perf_counter()
+                decode_image(data, self._shape.image_size, out=builder.next_picture)
+                counters[ref.source, "decode_seconds"] += time.perf_counter() - started  # type: ignore[assignment]
             except CorruptSample as corrupt:
                 lost.append(LostSample(self.lane, name, str(corrupt)))
+                counters[ref.source, f"lost_{str(corrupt).partition(':')[0]}"] += 1
                 in_a_row += 1
                 if in_a_row == MAX_LOST_IN_A_ROW:
                     raise DataError(
@@ -103,8 +104,21 @@ class LanePacker:
                         "look at the shards"
                     ) from corrupt
             else:
-                builder.add(pixels, caption)
+                builder.add(caption)
                 samples.append(name)
+                counters[ref.source, "samples"] += 1
+                counters[ref.source, "bytes"] += located.entry.image_size + located.entry.text_size
                 in_a_row = 0
+            if ref.sample == 0:  # a place in the order that every layout comes to once per epoch
+                for left_out, why in self._catalog.left_out(ref.source, ref.shard):
+                    lost.append(LostSample(self.lane, left_out, why))
+                    counters[ref.source, "lost_incomplete"] += 1
             cursor += 1
-        return PackedSequence(builder.pixels, builder.text, samples, lost, builder.truncated, builder.targets, cursor)
+        builder.finish()
+        return PackedSequence(samples, lost, builder.truncated, builder.targets, cursor, counters)
+
+    def _caption(self, located: Located) -> list[int]:
+        entry = located.entry
+        return self._tokenizer.encode(
+            decode_caption(self._catalog.read(located, entry.text_offset, entry.text_size), entry.text_ext)
+        )

@@ -11,8 +11,9 @@ import atexit
 import multiprocessing
 import multiprocessing.connection
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -22,11 +23,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from megamoe.config.schema import DataConfig, VisionConfig
-from megamoe.data.catalog import ShardSet
-from megamoe.data.lane import LostSample
+from megamoe.data.cache import ShardCache
+from megamoe.data.catalog import DataSet, learnt_count
+from megamoe.data.lane import LostSample, PackedSequence
+from megamoe.data.order import Anchor
 from megamoe.data.pack import PackShape
+from megamoe.data.state import DataState, earliest
 from megamoe.data.tokenizer import Tokenizer
-from megamoe.data.worker import LaneStream, WorkerError, WorkerItem, start_worker
+from megamoe.data.worker import LaneStream, OrderSettings, WorkerError, WorkerItem, start_worker
 from megamoe.errors import DataError, UserError
 
 
@@ -40,7 +44,8 @@ class StepBatch:
         lost: samples that could not be used and were replaced by the next of their lane.
         truncated: captions that were cut to fit an empty sequence.
         targets: labels to predict on this rank in this step.
-        cursors: lane -> its state after this step.
+        counters: by (source, what) as in :class:`megamoe.data.lane.PackedSequence`.
+        reading: what reading took, as in :class:`megamoe.data.worker.WorkerItem`, over all workers.
         wait_seconds: time that the caller was kept waiting for this step.
     """
 
@@ -49,7 +54,8 @@ class StepBatch:
     lost: list[LostSample]
     truncated: int
     targets: int
-    cursors: dict[int, int]
+    counters: Counter[tuple[int, str]]
+    reading: Counter[str]
     wait_seconds: float
 
 
@@ -60,7 +66,8 @@ class StepLoader(Iterator[StepBatch]):
         data: section ``data`` of the config.
         vision: section ``model.vision``.
         tokenizer: the text vocabulary.
-        shards: the training shards with their indexes.
+        dataset: the training shards.
+        cache: where shards that are not local files are kept on this node.
         seed: seed of the order.
         global_batch: sequences of an optimizer step over all ranks.
         micro_batch: sequences of one forward pass of this rank.
@@ -69,7 +76,9 @@ class StepLoader(Iterator[StepBatch]):
 
     Raises:
         UserError: the global batch is not a whole number of micro-batches on each rank.
-        DataError: while iterating: a shard cannot be read, or too many samples in a row are corrupt.
+        BadShard: while iterating: a shard cannot be used. The state is that before the step, and iterating may go on
+            after :meth:`set_aside`.
+        DataError: while iterating: too many samples in a row are corrupt.
         RuntimeError: while iterating: a worker process died.
     """
 
@@ -79,12 +88,13 @@ class StepLoader(Iterator[StepBatch]):
         *,
         vision: VisionConfig,
         tokenizer: Tokenizer,
-        shards: ShardSet,
+        dataset: DataSet,
         seed: int,
         global_batch: int,
         micro_batch: int,
         dp_rank: int,
         dp_size: int,
+        cache: ShardCache | None = None,
     ) -> None:
         assert 0 <= dp_rank < dp_size
         if global_batch % (micro_batch * dp_size):
@@ -95,17 +105,18 @@ class StepLoader(Iterator[StepBatch]):
         rounds = range(global_batch // (micro_batch * dp_size))
         firsts = [(i * dp_size + dp_rank) * micro_batch for i in rounds]
         self._micro_batches = [list(range(first, first + micro_batch)) for first in firsts]
-        self._cursors = {lane: 0 for lanes in self._micro_batches for lane in lanes}
-        self._workers = min(data.workers, len(self._cursors))
+        lanes = [lane for batch in self._micro_batches for lane in batch]
+        anchors = tuple(Anchor(0, 0) for _ in dataset.sources)
+        self._state = DataState(dict.fromkeys(lanes, 0), anchors, dict(dataset.quarantine))
+        self._workers = min(data.workers, len(lanes))
         self._prefetch = data.prefetch
+        self._dataset = dataset
         self._make_stream = partial(
             LaneStream,
-            shards=shards,
+            cache=cache,
             tokenizer=tokenizer,
             shape=PackShape(data.sequence_length, data.images_per_sequence, vision.image_size, vision.patches),
-            seed=seed,
-            global_batch=global_batch,
-            shuffle_window=data.shuffle_window,
+            order=OrderSettings(seed, global_batch, data.shuffle_shards),
         )
         self._global_batch = global_batch
         self._items: Any = None  # the running iterator, in process or over workers
@@ -121,23 +132,35 @@ class StepLoader(Iterator[StepBatch]):
             raise
         return self._assemble(items, start)
 
-    def state_dict(self) -> dict[int, int]:
-        """Lane -> position of its next sample, for this rank's lanes, after the steps handed out so far."""
-        return dict(self._cursors)
+    @property
+    def state(self) -> DataState:
+        """This rank's lanes after the steps handed out so far; the anchors are those of these lanes."""
+        return self._state
 
-    def load_state_dict(self, cursors: Mapping[int, int]) -> None:
-        """Go on from ``cursors``, the states of all lanes whoever carried them; this rank takes its own.
+    def go_on_from(self, state: DataState) -> None:
+        """Go on from ``state``, that of all lanes whoever carried them; this rank takes its own.
 
         Raises:
-            DataError: they are not those of ``global_batch`` lanes.
+            DataError: it is not that of ``global_batch`` lanes.
         """
-        if sorted(cursors) != list(range(self._global_batch)):
+        if sorted(state.cursors) != list(range(self._global_batch)):
             raise DataError(
-                f"data state: holds {len(cursors)} lanes, but train.global_batch is {self._global_batch}; "
+                f"data state: holds {len(state.cursors)} lanes, but train.global_batch is {self._global_batch}; "
                 "go on with the global batch that the checkpoint was made with"
             )
+        self._restart(replace(state, cursors={lane: state.cursors[lane] for lane in self._state.cursors}))
+
+    def set_aside(self, state: DataState, shards: Mapping[str, int]) -> None:
+        """Go on from ``state``, an earlier one of this loader, without ``shards`` (name -> samples they count for)."""
+        self._restart(replace(state, quarantine={**state.quarantine, **shards}))
+
+    def known_count(self, shard: str) -> int:
+        """Samples of ``shard`` that training reads as far as this node has learnt; -1 if it has not."""
+        return learnt_count(self._dataset, shard)
+
+    def _restart(self, state: DataState) -> None:
         self.close()
-        self._cursors = {lane: int(cursors[lane]) for lane in self._cursors}
+        self._state = state
 
     def close(self) -> None:
         """End the workers. What they had prepared is dropped; the state is that of the last step handed out."""
@@ -161,7 +184,8 @@ class StepLoader(Iterator[StepBatch]):
         self.close()
 
     def _start(self) -> Any:
-        stream = self._make_stream(self._cursors)
+        dataset = replace(self._dataset, quarantine=self._state.quarantine)
+        stream = self._make_stream(self._state, data=dataset)
         if not self._workers:
             return iter(stream)
         # a fork server starts workers from a clean process (no CUDA, no threads) that has imported torch only once
@@ -190,7 +214,7 @@ class StepLoader(Iterator[StepBatch]):
                 f"data worker {', '.join(dead)} died; if it was killed for memory, lower data.workers or data.prefetch"
             ) from error
         if isinstance(item, WorkerError):
-            raise DataError(item.message)
+            raise item.error
         assert isinstance(item, WorkerItem)
         return item
 
@@ -205,23 +229,29 @@ class StepLoader(Iterator[StepBatch]):
         ]
 
     def _assemble(self, items: list[WorkerItem], start: float) -> StepBatch:
-        owner = {lane: item for item in items for lane in item.lanes}
-        rows = {lane: item.lanes[lane] for lane, item in owner.items()}
-        lanes = [lane for batch in self._micro_batches for lane in batch]
-        micro_batches = [
-            (
-                torch.stack([owner[lane].pixels[rows[lane].row] for lane in batch]),
-                torch.stack([owner[lane].text[rows[lane].row] for lane in batch]),
-            )
-            for batch in self._micro_batches
-        ]
-        self._cursors = {lane: rows[lane].cursor for lane in lanes}
+        rows = {lane: (item, row) for item in items for row, lane in enumerate(item.lanes)}
+        sequences = {lane: item.sequences[row] for lane, (item, row) in rows.items()}
+        lanes = list(self._state.cursors)
+        assert list(rows) == lanes, "workers have contiguous parts of the lanes, in order"
+        cursors = {lane: sequences[lane].cursor for lane in lanes}
+        self._state = replace(self._state, cursors=cursors, anchors=earliest(item.anchors for item in items))
+        in_order: list[PackedSequence] = [sequences[lane] for lane in lanes]
         return StepBatch(
-            micro_batches,
-            samples=[(lane, name) for lane in lanes for name in rows[lane].samples],
-            lost=[LostSample(lane, name, reason) for lane in lanes for name, reason in rows[lane].lost],
-            truncated=sum(row.truncated for row in rows.values()),
-            targets=sum(row.targets for row in rows.values()),
-            cursors=dict(self._cursors),
+            [(_gather(rows, batch, "pixels"), _gather(rows, batch, "text")) for batch in self._micro_batches],
+            samples=[(lane, name) for lane in lanes for name in sequences[lane].samples],
+            lost=[lost for sequence in in_order for lost in sequence.lost],
+            truncated=sum(sequence.truncated for sequence in in_order),
+            targets=sum(sequence.targets for sequence in in_order),
+            counters=sum((sequence.counters for sequence in in_order), Counter()),
+            reading=sum((item.counters for item in items), Counter()),
             wait_seconds=time.perf_counter() - start,
         )
+
+
+def _gather(rows: Mapping[int, tuple[WorkerItem, int]], lanes: list[int], what: str) -> Tensor:
+    """The rows of ``lanes``, as a view where one worker has them all."""
+    first, row = rows[lanes[0]]
+    if all(rows[lane][0] is first for lane in lanes):  # then they follow each other
+        tensor: Tensor = getattr(first, what)[row : row + len(lanes)]
+        return tensor
+    return torch.stack([getattr(item, what)[row] for item, row in (rows[lane] for lane in lanes)])

@@ -1,9 +1,18 @@
-"""Which sample comes when: pure arithmetic on (samples per shard, seed, lanes). Opens no file, knows no rank.
+"""Which sample comes when: pure arithmetic on (samples per shard, seed, weights, lanes). Opens no file, knows no rank.
 
-The data set is one endless stream. Position q lies in epoch ``q // N`` (N samples in all). An epoch is a permutation
-of the shards, cut into windows of ``shuffle_window`` consecutive samples, each permuted in turn: every sample exactly
-once, while a reader touches only the few shards of one window at a time. Lane l of G takes the positions ``k * G + l``,
-for k = 0, 1, 2, ... A lane is one sequence of the global batch, so G is the global batch and ranks do not enter.
+Everything is laid out on one endless line of positions. Lane l of G takes the positions ``k * G + l``, k = 0, 1, 2, ...
+A lane is one sequence of the global batch, so G is the global batch and ranks do not enter. Two steps lead from a
+position to a sample:
+
+1. *Mixture.* With several sources, each block of ``BLOCK`` positions holds each source as often as its weight says, in
+   shuffled order. That makes position q of the line position p of one source.
+2. *Source.* Epoch after epoch a source permutes its shards and cuts them into windows of ``shuffle_shards`` shards; the
+   samples of a window are permuted. Every sample comes exactly once per epoch, and a reader touches only the shards of
+   one window at a time.
+
+How many samples a window has is asked for when the first position behind its beginning is needed, in order, so shards
+that nobody has read yet need not be counted. To start in the middle, an :class:`Anchor` gives the position at which one
+window begins; nothing before it is ever looked at.
 
 Permutations sort the raw output of Philox (Salmon et al., SC'11) in place of ``numpy.random.Generator.permutation``,
 because NumPy promises to keep the raw streams for ever but not the methods built on them, and a run must find the same
@@ -12,6 +21,7 @@ order after an upgrade.
 
 from __future__ import annotations
 
+import bisect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,77 +29,197 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+BLOCK = 1 << 14  # positions after which the shares of the sources are met exactly
 _WORD = (1 << 64) - 1
-_SHARDS, _WINDOW = 0, 1  # what a permutation is of: keeps the two families of streams apart
+_SHARDS, _WINDOW, _MIXTURE = 0, 1, 2  # what a permutation is of: keeps the families of streams apart
 _CACHED_POSITIONS = 1 << 22  # windows kept at hand hold at most this many positions (16 MiB)
+
+Count = Callable[[int, int], int]
 
 
 class SampleRef(NamedTuple):
-    """One sample in one epoch: ``shard`` counts in the list of shards, ``sample`` within the shard."""
+    """One sample in one epoch: ``shard`` counts in the source's list of shards, ``sample`` within the shard."""
 
+    source: int
     epoch: int
     shard: int
     sample: int
+
+
+class Anchor(NamedTuple):
+    """Window number ``window`` of a source (counted over all epochs) begins at its position ``start``."""
+
+    window: int
+    start: int
 
 
 class SampleOrder:
     """The global order of samples.
 
     Args:
-        counts: samples of each shard, in the order of the list of shards.
+        shards: number of shards of each source.
+        weights: share of each source in the samples read; need not add up to 1.
+        count: ``count(source, shard)`` samples; asked once per window, may open an index.
         seed: seed of the run.
         lanes: sequences of the global batch (G).
-        shuffle_window: samples that are shuffled among each other.
+        shuffle_shards: shards whose samples are shuffled among each other.
+        anchors: one per source, to start from; default the beginning.
 
-    Memory is O(shards) per epoch in use and O(shuffle_window) per window in use; nothing is proportional to N.
+    Memory is O(shards) per epoch in use and O(samples of a window) per window in use; nothing grows with the samples.
+
+    Raises:
+        ValueError: from :meth:`locate`: all shards of a source are empty.
     """
 
-    def __init__(self, counts: Sequence[int], seed: int, lanes: int, shuffle_window: int) -> None:
-        self._counts: npt.NDArray[np.int64] = np.asarray(counts, dtype=np.int64)
-        self.samples = int(self._counts.sum())
-        assert self.samples > 0 and self._counts.min() >= 0 and lanes > 0 and shuffle_window > 0 and seed >= 0
-        self.seed = seed
+    def __init__(
+        self,
+        shards: Sequence[int],
+        weights: Sequence[float],
+        count: Count,
+        *,
+        seed: int,
+        lanes: int,
+        shuffle_shards: int,
+        anchors: Sequence[Anchor] | None = None,
+    ) -> None:
+        assert len(shards) == len(weights) > 0 and min(shards) > 0 and lanes > 0 and seed >= 0
         self.lanes = lanes
-        self.shuffle_window = min(shuffle_window, self.samples)
-        # lanes drift apart by some sequences, so neighbouring windows and epochs are in use at the same time
-        self._epochs = _Recent(self._shard_order, 4)
-        self._windows = _Recent(self._window_order, min(64, max(2, _CACHED_POSITIONS // self.shuffle_window)))
+        self._mixture = _Mixture(weights, seed)
+        starts = anchors or [Anchor(0, 0)] * len(shards)
+        self._sources = [
+            _SourceOrder(number, shards[number], count, seed, shuffle_shards, starts[number])
+            for number in range(len(shards))
+        ]
 
     def locate(self, lane: int, k: int) -> SampleRef:
         """The ``k``-th sample of ``lane``."""
-        epoch, position = divmod(k * self.lanes + lane, self.samples)
-        window, within = divmod(position, self.shuffle_window)
-        shuffled = window * self.shuffle_window + int(self._windows((epoch, window))[within])
-        shards, ends = self._epochs((epoch,))
-        place = int(np.searchsorted(ends, shuffled, side="right"))
-        shard = int(shards[place])
-        first = int(ends[place]) - int(self._counts[shard])
-        return SampleRef(epoch, shard, shuffled - first)
+        source, position = self._mixture.locate(k * self.lanes + lane)
+        return self._sources[source].locate(position)
 
-    def _shard_order(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Shards in the order of the epoch, and the position at which each ends."""
-        shards = _permutation(len(self._counts), self.seed, _SHARDS, epoch, 0)
-        return shards, np.cumsum(self._counts[shards])
+    def anchors(self, lane: int, k: int) -> list[Anchor]:
+        """For each source the last known window that begins no later than what ``lane`` needs from its ``k``-th on.
 
-    def _window_order(self, epoch: int, window: int) -> npt.NDArray[np.uint32]:
-        size = min(self.shuffle_window, self.samples - window * self.shuffle_window)
-        return _permutation(size, self.seed, _WINDOW, epoch, window).astype(np.uint32)
+        With the lane whose position is the smallest, nothing before these anchors will be needed again by any lane.
+        """
+        position = k * self.lanes + lane
+        return [source.anchor(self._mixture.before(position, number)) for number, source in enumerate(self._sources)]
 
 
-def _permutation(size: int, seed: int, family: int, epoch: int, window: int) -> npt.NDArray[np.int64]:
+class _Mixture:
+    """From a position to (source, position in that source)."""
+
+    def __init__(self, weights: Sequence[float], seed: int) -> None:
+        self._counts = _shares(weights)
+        self._seed = seed
+        self._blocks = _Recent(self._block, 8)
+
+    def locate(self, position: int) -> tuple[int, int]:
+        if len(self._counts) == 1:
+            return 0, position
+        block, within = divmod(position, BLOCK)
+        sources, ranks = self._blocks((block,))
+        source = int(sources[within])
+        return source, block * self._counts[source] + int(ranks[within])
+
+    def before(self, position: int, source: int) -> int:
+        """Positions of ``source`` that come before ``position``."""
+        if len(self._counts) == 1:
+            return position
+        block, within = divmod(position, BLOCK)
+        sources, _ = self._blocks((block,))
+        return block * self._counts[source] + int(np.count_nonzero(sources[:within] == source))
+
+    def _block(self, block: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Source of each position of the block, and how many of that source came before it in the block."""
+        listed = np.repeat(np.arange(len(self._counts), dtype=np.int32), self._counts)
+        sources = listed[_permutation(BLOCK, self._seed, _MIXTURE, 0, block, 0)]
+        ranks = np.empty(BLOCK, dtype=np.int32)
+        for source, count in enumerate(self._counts):
+            ranks[sources == source] = np.arange(count, dtype=np.int32)
+        return sources, ranks
+
+
+class _SourceOrder:
+    """From a position in one source to (epoch, shard, sample). Window starts are known from the anchor on."""
+
+    def __init__(self, number: int, shards: int, count: Count, seed: int, shuffle_shards: int, anchor: Anchor) -> None:
+        self._number = number
+        self._shards = shards
+        self._count = count
+        self._seed = seed
+        self._per_window = min(shuffle_shards, shards)
+        self._per_epoch = -(-shards // self._per_window)  # windows
+        self._first = anchor.window
+        self._starts = [anchor.start]  # of windows _first, _first + 1, ...; the last one's end is not known
+        self._epochs = _Recent(self._epoch_order, 2)
+        # lanes drift apart by some sequences, so neighbouring windows are in use at the same time
+        self._windows = _Recent(self._window_order, 64, _CACHED_POSITIONS)
+
+    def locate(self, position: int) -> SampleRef:
+        assert position >= self._starts[0], "a lane never goes back"
+        while position >= self._starts[-1] + (size := self._size(self._first + len(self._starts) - 1)):
+            self._starts.append(self._starts[-1] + size)
+            self._refuse_empty()
+        place = bisect.bisect_right(self._starts, position) - 1
+        shards, ends, shuffled = self._windows((self._first + place,))
+        index = int(shuffled[position - self._starts[place]])
+        which = int(np.searchsorted(ends, index, side="right"))
+        first = int(ends[which - 1]) if which else 0
+        return SampleRef(self._number, (self._first + place) // self._per_epoch, int(shards[which]), index - first)
+
+    def anchor(self, position: int) -> Anchor:
+        place = max(0, bisect.bisect_right(self._starts, position) - 1)
+        return Anchor(self._first + place, self._starts[place])
+
+    def _size(self, window: int) -> int:
+        _, ends, _ = self._windows((window,))
+        return int(ends[-1])
+
+    def _refuse_empty(self) -> None:
+        whole = 2 * self._per_epoch  # so many windows hold every shard at least once, wherever they begin
+        if len(self._starts) > whole and self._starts[-1] == self._starts[-1 - whole]:
+            raise ValueError("no shard of the source has a sample")
+
+    def _epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
+        return _permutation(self._shards, self._seed, _SHARDS, self._number, epoch, 0)
+
+    def _window_order(self, window: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
+        """Shards of the window, the place at which each one's samples end, and the permutation of all their samples."""
+        epoch, number = divmod(window, self._per_epoch)
+        shards = self._epochs((epoch,))[number * self._per_window : (number + 1) * self._per_window]
+        ends = np.cumsum([self._count(self._number, int(shard)) for shard in shards], dtype=np.int64)
+        shuffled = _permutation(int(ends[-1]), self._seed, _WINDOW, self._number, epoch, number)
+        return shards, ends, shuffled.astype(np.uint32)
+
+
+def _shares(weights: Sequence[float]) -> list[int]:
+    """Positions of each source in a block, by largest remainder; at least one each."""
+    exact = np.asarray(weights, dtype=np.float64) / sum(weights) * BLOCK
+    counts = np.maximum(np.floor(exact).astype(np.int64), 1)
+    order = np.argsort(counts - exact, kind="stable")  # those rounded down most come first
+    missing = BLOCK - int(counts.sum())
+    if missing >= 0:
+        counts[order[:missing]] += 1
+    else:
+        counts[int(np.argmax(counts))] += missing  # sources of tiny weight were given more than their share
+    return [int(count) for count in counts]
+
+
+def _permutation(size: int, seed: int, family: int, source: int, major: int, minor: int) -> npt.NDArray[np.int64]:
     """A permutation of ``range(size)`` that depends on the other arguments only."""
     key = np.array([seed & _WORD, (seed >> 64) & _WORD], dtype=np.uint64)
-    counter = np.array([0, window, epoch, family], dtype=np.uint64)  # word 0 counts the numbers drawn
+    counter = np.array([0, minor, major, family | source << 8], dtype=np.uint64)  # word 0 counts the numbers drawn
     raw = np.random.Philox(key=key, counter=counter).random_raw(size)
     return np.argsort(raw, kind="stable").astype(np.int64)
 
 
 class _Recent:
-    """Keeps the last few results of a pure function."""
+    """Keeps the last few results of a pure function, and no more than ``limit`` elements in the last of their parts."""
 
-    def __init__(self, function: Callable[..., Any], size: int) -> None:
+    def __init__(self, function: Callable[..., Any], size: int, limit: int | None = None) -> None:
         self._function = function
         self._size = size
+        self._limit = limit
         self._kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
 
     def __call__(self, key: tuple[int, ...]) -> Any:
@@ -97,6 +227,11 @@ class _Recent:
             self._kept.move_to_end(key)
             return self._kept[key]
         value = self._kept[key] = self._function(*key)
-        if len(self._kept) > self._size:
+        while len(self._kept) > self._size or (
+            self._limit is not None and len(self._kept) > 2 and self._elements() > self._limit
+        ):
             self._kept.popitem(last=False)
         return value
+
+    def _elements(self) -> int:
+        return sum(len(value[-1]) for value in self._kept.values())

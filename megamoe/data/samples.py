@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megamoe.data.decode import CorruptSample, decode_caption, decode_image
+from megamoe.data.cache import ShardCache
 from megamoe.data.index import SampleEntry, build_index, index_path, load_index
-from megamoe.data.shards import expand_shards, shard_labels
+from megamoe.data.shards import expand_shards, is_remote, shard_labels
+from megamoe.data.split import held_out, key_hash
 from megamoe.data.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -35,17 +37,23 @@ def read_samples(
     image_size: int,
     limit: int | None = None,
     on_lost: OnLost | None = None,
+    *,
+    cache: ShardCache | None = None,
+    share: float = 1.0,
 ) -> Iterator[Sample]:
     """Yield the samples of the shards in their order, at most ``limit``, pictures resized to ``image_size``.
+
+    Shards that are not local files are read from ``cache``. With a ``share`` below 1, only the samples that a run with
+    this ``data.held_out`` never trains on are read.
 
     ``on_lost(id, reason)`` is called for each sample that cannot be used, incomplete ones and second ones of a key
     included; without it each is logged as a warning.
     """
     given = 0
-    storage = Storage()
+    storage = Storage(cache)
     lose = on_lost or _log
     with closing(storage):
-        for name, path, entry in _entries(specs, index_dir, lose):
+        for name, path, entry in _entries(specs, index_dir, lose, storage, share):
             if limit is not None and given >= limit:
                 return
             try:
@@ -64,7 +72,7 @@ def read_captions(specs: Sequence[str], index_dir: Path | None = None, on_lost: 
     storage = Storage()
     lose = on_lost or _log
     with closing(storage):
-        for name, path, entry in _entries(specs, index_dir, lose):
+        for name, path, entry in _entries(specs, index_dir, lose, storage):
             try:
                 caption = _caption(storage, path, entry)
             except CorruptSample as corrupt:
@@ -73,23 +81,27 @@ def read_captions(specs: Sequence[str], index_dir: Path | None = None, on_lost: 
             yield caption
 
 
-def _entries(specs: Sequence[str], index_dir: Path | None, lose: OnLost) -> Iterator[tuple[str, Path, SampleEntry]]:
+def _entries(
+    specs: Sequence[str], index_dir: Path | None, lose: OnLost, storage: Storage, share: float = 1.0
+) -> Iterator[tuple[str, str, SampleEntry]]:
     shards = expand_shards(specs)
     for shard, label in zip(shards, shard_labels(shards), strict=True):
         # reading writes nothing: where there is no index it is made for this pass only
-        exists = index_path(shard, index_dir).exists()
-        index = load_index(shard, index_dir) if exists else build_index(shard)
+        state = storage.state(shard)
+        known = (index_dir is not None or not is_remote(shard)) and index_path(shard, index_dir).exists()
+        index = load_index(shard, index_dir, state) if known else build_index(shard, state)
         for key, why in index.incomplete:
             lose(f"{label}#{key}", why)
         for key in index.duplicates:
             lose(f"{label}#{key}", "key comes twice")
         for i in range(index.samples):
             entry = index.sample(i)
-            yield f"{label}#{entry.key}", shard, entry
+            if share == 1.0 or held_out(np.array([key_hash(entry.key)], dtype=np.uint64), share)[0]:
+                yield f"{label}#{entry.key}", shard, entry
 
 
-def _caption(storage: Storage, path: Path, entry: SampleEntry) -> str:
-    return decode_caption(storage.read(path, entry.text_offset, entry.text_size), entry.text_ext)
+def _caption(storage: Storage, shard: str, entry: SampleEntry) -> str:
+    return decode_caption(storage.read(shard, entry.text_offset, entry.text_size), entry.text_ext)
 
 
 def _log(name: str, reason: str) -> None:

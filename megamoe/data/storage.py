@@ -1,38 +1,60 @@
-"""Bytes of a member, by shard and offset, from files that stay open."""
+"""Bytes of a member, by shard and offset, from files that stay open.
+
+A shard is named by a local path or by anything that :mod:`megamoe.data.remote` can fetch; those are read from the node's
+cache, which all processes of a node share.
+"""
 
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
+from megamoe.data.cache import ShardCache
+from megamoe.data.index import ShardState
+from megamoe.data.remote import ShardUnavailable
+from megamoe.data.shards import is_remote
 from megamoe.data.tar import BLOCK, checksum_is_right, header_size
 from megamoe.errors import DataError
 
 
-class Storage:
-    """Reads members of local shards. One per process; at most ``open_files`` files are open at a time.
+@dataclass
+class _OpenShard:
+    descriptor: int
+    state: ShardState
 
-    The default keeps the shards of one shuffle window open and stays far below the usual limit of 1,024 descriptors.
+
+class Storage:
+    """Reads members of shards. One per process; at most ``open_files`` files are open at a time.
+
+    The default keeps the shards of the windows in use open and stays far below the usual limit of 1,024 descriptors.
+
+    Attributes:
+        counters: what was done so far: ``downloads`` and ``cache_hits`` of shards that are not local files, ``retries``
+            and bytes ``received`` for them. The caller may take and clear them.
     """
 
-    def __init__(self, open_files: int = 128) -> None:
+    def __init__(self, cache: ShardCache | None = None, open_files: int = 128) -> None:
+        self._cache = cache
         self._limit = open_files
-        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._open: OrderedDict[str, _OpenShard] = OrderedDict()
+        self.counters: Counter[str] = Counter()
 
-    def read(self, shard: Path, offset: int, size: int) -> bytes:
+    def read(self, shard: str, offset: int, size: int) -> bytes:
         """The ``size`` bytes at ``offset`` of ``shard``.
 
         The tar header in front of them is read along and must be whole and name the same size: a shard that was
         replaced after it was indexed gives an error, not the bytes of another sample.
 
         Raises:
-            DataError: the shard cannot be read, ends too early, or is not what was indexed.
+            ShardUnavailable: the shard cannot be opened or read.
+            DataError: it ends too early, or is not what was indexed.
         """
         start, want = offset - BLOCK, size + BLOCK
         pieces = []
+        file = self._opened(shard).descriptor
         try:
-            file = self._descriptor(shard)
             while want:  # one call may return less than asked for (2 GiB, interrupted network reads)
                 piece = os.pread(file, want, start)
                 if not piece:
@@ -43,7 +65,7 @@ class Storage:
                 start += len(piece)
                 want -= len(piece)
         except OSError as error:
-            raise DataError(f"shard {shard}: cannot be read at byte {offset} ({error.strerror})") from error
+            raise ShardUnavailable(f"shard {shard}: cannot be read at byte {offset} ({error.strerror})") from error
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         if not _describes(data[:BLOCK], size):
             raise DataError(
@@ -51,19 +73,45 @@ class Storage:
             )
         return data[BLOCK:]
 
+    def state(self, shard: str) -> ShardState:
+        """Where ``shard`` lies on this machine, fetched if need be, and what tells it from an earlier one of its name.
+
+        Raises:
+            ShardUnavailable: it cannot be had.
+        """
+        return self._opened(shard).state
+
     def close(self) -> None:
         """Close all files; the next read opens them again."""
         while self._open:
-            os.close(self._open.popitem()[1])
+            os.close(self._open.popitem()[1].descriptor)
 
-    def _descriptor(self, shard: Path) -> int:
+    def _opened(self, shard: str) -> _OpenShard:
         if shard in self._open:
             self._open.move_to_end(shard)
-        else:
-            if len(self._open) >= self._limit:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
-        return self._open[shard]
+            return self._open[shard]
+        if len(self._open) >= self._limit:
+            os.close(self._open.popitem(last=False)[1].descriptor)
+        opened = self._open[shard] = self._open_shard(shard)
+        return opened
+
+    def _open_shard(self, shard: str) -> _OpenShard:
+        if is_remote(shard):
+            if self._cache is None:
+                raise DataError(f"shard {shard}: is not a local file, and no cache was given to keep it in")
+            file, fetched = self._cache.open(shard)
+            with file:
+                descriptor = os.dup(file.fileno())
+            self.counters["cache_hits" if fetched.hit else "downloads"] += 1
+            self.counters["retries"] += fetched.retries
+            self.counters["received"] += fetched.received
+            return _OpenShard(descriptor, ShardState(fetched.path, fetched.size, 0, fetched.identity))
+        try:
+            descriptor = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ShardUnavailable(f"shard {shard}: cannot be opened ({error.strerror}); check the path") from error
+        status = os.fstat(descriptor)
+        return _OpenShard(descriptor, ShardState(Path(shard), status.st_size, status.st_mtime_ns, ""))
 
 
 def _describes(header: bytes, size: int) -> bool:

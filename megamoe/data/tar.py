@@ -29,7 +29,7 @@ class Member(NamedTuple):
     size: int
 
 
-def walk(path: Path, file: BinaryIO, length: int) -> Iterator[Member]:
+def walk(path: str, file: BinaryIO, length: int) -> Iterator[Member]:
     """Yield the regular files of the tar open as ``file`` (``length`` bytes; ``path`` names it in errors), in order.
 
     Raises:
@@ -96,7 +96,7 @@ def header_size(header: bytes) -> int:
     return _number(header[124:136])
 
 
-def _read(file: BinaryIO, path: Path, at: int, size: int, length: int) -> bytes:
+def _read(file: BinaryIO, path: str, at: int, size: int, length: int) -> bytes:
     file.seek(at)
     data = file.read(size)
     if len(data) < size:
@@ -104,7 +104,7 @@ def _read(file: BinaryIO, path: Path, at: int, size: int, length: int) -> bytes:
     return data
 
 
-def _check_end(file: BinaryIO, path: Path, at: int, length: int) -> None:
+def _check_end(file: BinaryIO, path: str, at: int, length: int) -> None:
     """The first zero block was read: a second must follow, and then nothing but padding."""
     if _read(file, path, at, BLOCK, length) != _ZEROS:
         raise DataError(f"shard {path}: damaged at byte {at} (one zero block instead of two); write it again")
@@ -118,11 +118,11 @@ def _check_end(file: BinaryIO, path: Path, at: int, length: int) -> None:
         at += len(chunk)
 
 
-def _cut(path: Path, at: int) -> str:
+def _cut(path: str, at: int) -> str:
     return f"shard {path}: truncated at byte {at}; copy or write it again"
 
 
-def _bad_header(path: Path, at: int, header: bytes) -> str:
+def _bad_header(path: str, at: int, header: bytes) -> str:
     if at:
         return f"shard {path}: damaged header at byte {at} (wrong checksum); copy or write it again"
     if header[:2] == b"\x1f\x8b" or header[:4] in (b"\x28\xb5\x2f\xfd", b"\xfd7zX") or header[:3] == b"BZh":
@@ -130,7 +130,7 @@ def _bad_header(path: Path, at: int, header: bytes) -> str:
     return f"shard {path}: not a tar file; check the path"
 
 
-def _size(header: bytes, attributes: dict[str, str], path: Path, at: int) -> int:
+def _size(header: bytes, attributes: dict[str, str], path: str, at: int) -> int:
     try:
         size = int(attributes["size"]) if "size" in attributes and header[156] not in b"xgLK" else header_size(header)
     except ValueError:
@@ -162,7 +162,7 @@ def _text(field: bytes) -> str:
     return field.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
 
 
-def _pax(payload: bytes, path: Path, at: int) -> dict[str, str]:
+def _pax(payload: bytes, path: str, at: int) -> dict[str, str]:
     """Records of the form ``LENGTH KEY=VALUE\\n``, where LENGTH counts the whole record."""
     records: dict[str, str] = {}
     start = 0

@@ -7,99 +7,130 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from megamoe.data.catalog import ShardSet
+from megamoe.data.cache import ShardCache
+from megamoe.data.catalog import BadShard, Catalog, DataSet
 from megamoe.data.lane import LanePacker, PackedSequence
-from megamoe.data.order import SampleOrder
+from megamoe.data.order import Anchor, SampleOrder
 from megamoe.data.pack import PackShape
+from megamoe.data.state import DataState
 from megamoe.data.storage import Storage
 from megamoe.data.tokenizer import Tokenizer
 from megamoe.errors import DataError
 
 
 @dataclass(frozen=True)
-class LaneRow:
-    """The next sequence of one lane. ``row`` is its place in the tensors of its item."""
+class OrderSettings:
+    """What the order of samples depends on, beside the data."""
 
-    row: int
-    samples: list[str]
-    lost: list[tuple[str, str]]
-    truncated: int
-    targets: int
-    cursor: int
+    seed: int
+    global_batch: int
+    shuffle_shards: int
 
 
 @dataclass(frozen=True)
 class WorkerItem:
-    """One optimizer step of a worker's lanes: pixels uint8 (n, I, H, W, 3), text int64 (n, 3, L)."""
+    """One optimizer step of a worker's lanes.
+
+    Attributes:
+        pixels: uint8 (n, I, H, W, 3).
+        text: int64 (n, 3, L).
+        lanes: lane of each of the n rows.
+        sequences: what each row holds.
+        anchors: by source, the earliest window that these lanes still need after this step.
+        counters: what bringing shards took, as :attr:`megamoe.data.storage.Storage.counters`, and ``seconds`` in all.
+    """
 
     pixels: Tensor
     text: Tensor
-    lanes: dict[int, LaneRow]
+    lanes: list[int]
+    sequences: list[PackedSequence]
+    anchors: tuple[Anchor, ...]
+    counters: Counter[str]
 
 
 @dataclass(frozen=True)
 class WorkerError:
     """A :class:`DataError` on its way to the main process: a raised one would come with a traceback in its message."""
 
-    message: str
+    error: DataError
 
 
 class LaneStream(IterableDataset[WorkerItem | WorkerError]):
-    """Endless steps of the lanes in ``cursors`` (lane -> position to start from).
+    """Endless steps of the lanes of ``state``, from where it says, in its order of lanes.
 
-    In worker w of W it yields every W-th lane from the w-th on, in the main process all of them.
+    In worker w of W it yields the w-th of W contiguous parts of the lanes, in the main process all of them.
     """
 
     def __init__(
         self,
-        cursors: Mapping[int, int],
+        state: DataState,
         *,
-        shards: ShardSet,
+        data: DataSet,
+        cache: ShardCache | None,
         tokenizer: Tokenizer,
         shape: PackShape,
-        seed: int,
-        global_batch: int,
-        shuffle_window: int,
+        order: OrderSettings,
     ) -> None:
-        self._cursors = dict(cursors)
-        self._shards = shards
+        self._state = state
+        self._data = data
+        self._cache = cache
         self._tokenizer = tokenizer
         self._shape = shape
-        self._order = (seed, global_batch, shuffle_window)
+        self._order = order
 
     def __iter__(self) -> Iterator[WorkerItem | WorkerError]:
         info = get_worker_info()
-        lanes = sorted(self._cursors)
+        lanes = list(self._state.cursors)
         if info is not None:
-            lanes = lanes[info.id :: info.num_workers]
-        cursors = {lane: self._cursors[lane] for lane in lanes}
-        order = SampleOrder(self._shards.counts, *self._order)
-        storage = Storage()
-        packers = [
-            LanePacker(
-                lane, shards=self._shards, storage=storage, order=order, tokenizer=self._tokenizer, shape=self._shape
-            )
-            for lane in lanes
-        ]
+            lanes = lanes[len(lanes) * info.id // info.num_workers : len(lanes) * (info.id + 1) // info.num_workers]
+        storage = Storage(self._cache)
         try:
-            while True:
-                sequences = [packer.next_sequence(cursors[packer.lane]) for packer in packers]
-                cursors = {lane: sequence.cursor for lane, sequence in zip(lanes, sequences, strict=True)}
-                yield _item(lanes, sequences)
+            yield from self._steps(lanes, storage, shared=info is not None)
         except DataError as error:
             if info is None:
                 raise
-            yield WorkerError(str(error))
+            yield WorkerError(error if isinstance(error, BadShard) else DataError(str(error)))
         finally:
             storage.close()
+
+    def _steps(self, lanes: list[int], storage: Storage, shared: bool) -> Iterator[WorkerItem]:
+        catalog, sources = Catalog(self._data, storage), self._data.sources
+        order = SampleOrder(
+            [len(source.shards) for source in sources],
+            [source.weight for source in sources],
+            catalog.count,
+            seed=self._order.seed,
+            lanes=self._order.global_batch,
+            shuffle_shards=self._order.shuffle_shards,
+            anchors=self._state.anchors,
+        )
+        packers = [
+            LanePacker(lane, catalog=catalog, order=order, tokenizer=self._tokenizer, shape=self._shape) for lane in lanes
+        ]
+        cursors = [self._state.cursors[lane] for lane in lanes]
+        shape = self._shape
+        while True:
+            started = time.perf_counter()
+            pixels = _empty((len(lanes), shape.images, shape.image_size, shape.image_size, 3), torch.uint8, shared)
+            text = _empty((len(lanes), 3, shape.length), torch.int64, shared)
+            sequences = [
+                packer.next_sequence(cursor, pixels[row].numpy(), text[row].numpy())
+                for row, (packer, cursor) in enumerate(zip(packers, cursors, strict=True))
+            ]
+            cursors = [sequence.cursor for sequence in sequences]
+            cursor, lane = min(zip(cursors, lanes, strict=True))
+            counters, storage.counters = storage.counters, Counter()
+            counters["seconds"] += time.perf_counter() - started  # type: ignore[assignment]
+            yield WorkerItem(pixels, text, lanes, sequences, tuple(order.anchors(lane, cursor)), counters)
 
 
 def start_worker(_: int) -> None:
@@ -123,17 +154,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _item(lanes: list[int], sequences: list[PackedSequence]) -> WorkerItem:
-    rows = {
-        lane: LaneRow(
-            row,
-            sequence.samples,
-            [(lost.id, lost.reason) for lost in sequence.lost],
-            sequence.truncated,
-            sequence.targets,
-            sequence.cursor,
-        )
-        for row, (lane, sequence) in enumerate(zip(lanes, sequences, strict=True))
-    }
-    pixels = torch.from_numpy(np.stack([sequence.pixels for sequence in sequences]))
-    return WorkerItem(pixels, torch.from_numpy(np.stack([sequence.text for sequence in sequences])), rows)
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, shared: bool) -> Tensor:
+    """A tensor to be filled. In shared memory from the start, it goes to the training process without a copy."""
+    if not shared:
+        return torch.empty(shape, dtype=dtype)
+    count = torch.Size(shape).numel()
+    # what torch's own default_collate does; there is no public way to allocate there without a copy
+    storage = torch.UntypedStorage._new_shared(count * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, (count,), (1,)).view(shape)

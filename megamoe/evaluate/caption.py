@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from megamoe.checkpoint import LoadedModel, load_model
 from megamoe.data.samples import Sample, read_samples
+from megamoe.data.sources import open_cache
 from megamoe.data.tokenizer import Tokenizer
 from megamoe.errors import UserError
 from megamoe.evaluate.decode import greedy_decode, hidden_states
@@ -36,7 +37,8 @@ def evaluate_caption(
 
     Args:
         source: Run folder (its newest checkpoint) or checkpoint folder.
-        data: Shards, in the forms of ``data.train``; none: ``data.validation`` of the run's config.
+        data: Shards, in the forms of ``data.train``; none: ``data.validation`` of the run's config, or else what its
+            ``data.held_out`` kept from training.
         name: Name of the split. ``validation`` is the top level of eval.json, others are under ``splits``.
         limit: Most samples to look at; default all.
         batch: Pictures at a time. It changes no result but the memory and time that are needed.
@@ -51,7 +53,10 @@ def evaluate_caption(
     """
     check_name(name)
     loaded = load_model(source)
-    data = data or loaded.config.data.validation
+    settings, share = loaded.config.data, 1.0
+    data = data or settings.validation
+    if not data and settings.held_out:
+        data, share = [shards for source in settings.train for shards in source.shards], settings.held_out
     if not data:
         raise UserError("data.validation of the run is empty: name the held-out shards with --data SHARDS")
     folder = results_folder(source)
@@ -64,8 +69,9 @@ def evaluate_caption(
         lost.append(f"{sample}: {reason}")
 
     # Nothing is written to where the data lies; indexes that training made are used.
-    index_dir = loaded.config.data.index or folder / "index"
-    stream = read_samples(data, index_dir, loaded.config.model.vision.image_size, limit, lose)
+    index_dir = settings.index or folder / "index"
+    image_size = loaded.config.model.vision.image_size
+    stream = read_samples(data, index_dir, image_size, limit, lose, cache=open_cache(settings), share=share)
     scorer = CaptionScorer(loaded)
     with tqdm(total=limit, desc=f"eval {name}", unit="sample", file=sys.stderr, disable=None) as bar:
         for samples in _batches(stream, batch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -77,10 +78,22 @@ class RunRecords:
                 line = {"step": step, "slot": sample.slot, "id": sample.id, "reason": sample.reason}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
+    def write_quarantine(self, step: int, shards: Mapping[str, tuple[int, str]]) -> None:
+        """Name shards that are not read from ``step`` on: with each the samples it counts for, and why."""
+        if self._rank:
+            return
+        path = self._lost.with_name("shards.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            for shard, (samples, why) in shards.items():
+                line = {"step": step, "shard": shard, "samples": samples, "reason": why}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                print(f"step {step}: going on without shard {shard}: {why}", file=sys.stderr, flush=True)
+
 
 def truncate_lost(run: Path, step: int) -> None:
     """Forget losses of steps after ``step``: these steps come again."""
-    for path in sorted((run / "lost").glob("rank-*.jsonl")):
+    for path in sorted((run / "lost").glob("*.jsonl")):
         jsonl.truncate(path, step)
 
 

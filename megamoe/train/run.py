@@ -10,10 +10,8 @@ import torch
 from megamoe.checkpoint.load import TOKENIZER_FILE, find_checkpoint
 from megamoe.checkpoint.store import newest_checkpoint
 from megamoe.config import Config, dump_config
-from megamoe.data.catalog import ShardSet
 from megamoe.data.files import atomic_file
-from megamoe.data.index import ensure_indexes
-from megamoe.data.shards import expand_shards
+from megamoe.data.sources import open_data_set
 from megamoe.data.tokenizer import Tokenizer
 from megamoe.errors import DataError, UserError
 from megamoe.metrics.stream import refuse_existing
@@ -37,24 +35,18 @@ def train(config: Config, resume: str) -> None:
         raise UserError("model.attention is flex, which trains on CUDA only; use model.attention=sdpa or auto")
     checkpoint = resume_point(config, resume)
     tokenizer = _tokenizer(config)
-    paths = expand_shards(config.data.train)
-    if not paths:
-        raise UserError("data.train is empty: name the training shards, for example data.train=shards/{00000..00063}.tar")
-    index_dir = config.data.index or config.run.folder / "index"
+    data = open_data_set(config.data, config.run.folder / "index")
     if rank == 0:
         prepare_folder(config, tokenizer)
-        ensure_indexes(paths, index_dir)
 
     from megamoe.parallel.world import joined_world  # imports DeepSpeed, which takes seconds
 
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     with joined_world() as device:
-        torch.distributed.barrier()  # rank 0 has made the indexes
-        shards = ShardSet(paths, index_dir)
         from megamoe.train.trainer import Trainer
 
-        Trainer(config, layout, tokenizer, shards, device, checkpoint, fresh=resume == "none").run()
+        Trainer(config, layout, tokenizer, data, device, checkpoint, fresh=resume == "none").run()
 
 
 def resume_point(config: Config, resume: str) -> Path | None:

@@ -17,17 +17,20 @@ from megamoe.checkpoint.state import TrainState, check_fits
 from megamoe.checkpoint.store import read_manifest, remove_incomplete
 from megamoe.config import Config
 from megamoe.config.size import model_size
-from megamoe.data.catalog import ShardSet, data_fingerprint
+from megamoe.data.catalog import DataSet, data_fingerprint
 from megamoe.data.loader import StepBatch, StepLoader
+from megamoe.data.sources import open_cache
+from megamoe.data.state import DataState
 from megamoe.data.tokenizer import Tokenizer
-from megamoe.errors import NonFiniteError
+from megamoe.errors import DataError, NonFiniteError
 from megamoe.metrics.audit import truncate_audit
 from megamoe.parallel.engine import StepResult, TrainEngine
 from megamoe.parallel.layout import Layout
 from megamoe.parallel.memory import peak_memory, predict_memory
+from megamoe.train.data import next_batch, whole_state
 from megamoe.train.records import RunRecords, truncate_lost
 from megamoe.train.schedule import learning_rate
-from megamoe.train.totals import StepTotals, check_losses, step_totals
+from megamoe.train.totals import StepTotals, check_losses
 
 _PACKAGES = ("torch", "deepspeed", "safetensors")
 
@@ -40,7 +43,7 @@ class Trainer:
         config: Config,
         layout: Layout,
         tokenizer: Tokenizer,
-        shards: ShardSet,
+        data: DataSet,
         device: torch.device,
         checkpoint: Path | None,
         fresh: bool,
@@ -48,13 +51,15 @@ class Trainer:
         self.config, self.layout, self.device = config, layout, device
         self.rank = dist.get_rank()
         self.tokenizer = tokenizer
-        self.fingerprints = {"tokenizer": tokenizer.fingerprint, "data": data_fingerprint(shards)}
+        self.fingerprints = {"tokenizer": tokenizer.fingerprint, "data": data_fingerprint(data)}
+        _same_everywhere(self.fingerprints)
         self.flops_per_step = model_size(config).flops_per_sequence * config.train.global_batch
         if checkpoint is not None:  # before minutes are spent on building the model
             state = TrainState.from_json(read_manifest(checkpoint).get("state"), str(checkpoint))
+            DataState.from_json(state.position, f"checkpoint {checkpoint}")
             check_fits(state, config, source=str(checkpoint), **self.fingerprints)
         self.engine = TrainEngine(config, layout, tokenizer.image_id, device)
-        self.loader = self._build_loader(shards) if self.engine.loads_data else None
+        self.loader = self._build_loader(data) if self.engine.loads_data else None
         self.checkpointer = Checkpointer(config, self.engine)
         self.step, self.tokens, self.samples, self.lost = 0, 0, 0, 0
         if checkpoint is not None:
@@ -87,8 +92,7 @@ class Trainer:
 
     def _step(self) -> None:
         started = time.perf_counter()
-        batch = next(self.loader) if self.loader is not None else None
-        totals = step_totals(batch, self.device)
+        batch, totals = next_batch(self.loader, self.config.data, self.records, self.step + 1, self.device)
         self.samples += totals.samples
         self.tokens += totals.tokens
         self.lost += totals.lost
@@ -126,6 +130,7 @@ class Trainer:
             "tokens_per_second": totals.tokens / seconds,
             "model_flops_per_second": self.flops_per_step / seconds,
             "world_size": self.layout.world_size,
+            "sources": sources,
             "load": result.load,
         }
 
@@ -139,13 +144,14 @@ class Trainer:
             rows = [{"rank": rank, "predicted": p, "peak": m} for rank, (p, m) in enumerate(t.tolist() for t in everyone)]
             (self.config.run.folder / "memory.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
-    def _build_loader(self, shards: ShardSet) -> StepLoader:
+    def _build_loader(self, data: DataSet) -> StepLoader:
         config = self.config
         return StepLoader(
             config.data,
             vision=config.model.vision,
             tokenizer=self.tokenizer,
-            shards=shards,
+            dataset=data,
+            cache=open_cache(config.data),
             seed=config.run.seed,
             global_batch=config.train.global_batch,
             micro_batch=config.train.micro_batch,
@@ -154,17 +160,12 @@ class Trainer:
         )
 
     def _state(self) -> TrainState:
-        cursors = torch.zeros(self.config.train.global_batch, dtype=torch.int64, device=self.device)
-        if self.loader is not None:
-            for lane, cursor in self.loader.state_dict().items():
-                cursors[lane] = cursor
-        dist.all_reduce(cursors)
         return TrainState(
             step=self.step,
             tokens=self.tokens,
             samples=self.samples,
             lost=self.lost,
-            cursors=cursors.tolist(),
+            position=whole_state(self.loader, self.config.train.global_batch).to_json(),
             config=self.config.model_dump(mode="json"),
             versions={"megamoe": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
             **self.fingerprints,
@@ -174,4 +175,21 @@ class Trainer:
         state = self.checkpointer.load(checkpoint)
         self.step, self.tokens, self.samples, self.lost = state.step, state.tokens, state.samples, state.lost
         if self.loader is not None:
-            self.loader.load_state_dict(dict(enumerate(state.cursors)))
+            self.loader.go_on_from(DataState.from_json(state.position, f"checkpoint {checkpoint}"))
+
+
+def _same_everywhere(fingerprints: dict[str, str]) -> None:
+    """All ranks must have the same tokenizer and list of shards, or they would train on different data.
+
+    Raises:
+        DataError: they do not.
+    """
+    everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, fingerprints)
+    for rank, theirs in enumerate(everyone):
+        for what, value in theirs.items():
+            if value != everyone[0][what]:
+                raise DataError(
+                    f"data.{'train' if what == 'data' else what}: rank {rank} does not see what rank 0 sees ({value}, "
+                    f"{everyone[0][what]}); are the files on a shared file system, and complete?"
+                )

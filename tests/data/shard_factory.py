@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from megamoe.data.catalog import ShardSet
-from megamoe.data.index import ensure_indexes
+from megamoe.data.catalog import DataSet, Source
+from megamoe.data.index import learn_index
 
 COLOURS = ("red", "green", "blue", "black")
 Members = Sequence[tuple[str, bytes]]
@@ -46,13 +46,14 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]], format: int = ta
     return path
 
 
-def make_set(folder: Path, counts: Sequence[int], spoilt: dict[int, bytes] | None = None) -> ShardSet:
-    """Indexed shards of ``counts`` samples, numbered through; ``spoilt`` gives other bytes for some pictures."""
+def make_set(folder: Path, counts: Sequence[int], spoilt: dict[int, bytes] | None = None) -> DataSet:
+    """One source of indexed shards of ``counts`` samples, numbered through; ``spoilt`` gives other bytes for some pictures."""
     spoilt = spoilt or {}
     shards, n = [], 0
     for number, count in enumerate(counts):
         members = [member for i in range(n, n + count) for member in sample(i, spoilt.get(i))]
         shards.append(write_tar(folder / f"{number:05d}.tar", members))
         n += count
-    ensure_indexes(shards, None)
-    return ShardSet(shards)
+    for shard in shards:
+        learn_index(shard, None)
+    return DataSet([Source("0", [str(shard) for shard in shards])])

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megamoe.data.catalog import ShardSet, data_fingerprint
-from megamoe.data.index import build_index, ensure_indexes, index_path, load_header, load_index, write_index
+from megamoe.data.catalog import Catalog, DataSet, Source, data_fingerprint
+from megamoe.data.index import build_index, index_path, learn_index, load_index, write_index
+from megamoe.data.storage import Storage
 from megamoe.data.storage import Storage
 from megamoe.errors import DataError
 from tests.data.shard_factory import jpeg, make_set, sample, write_tar
@@ -33,8 +34,8 @@ def check_against_tarfile(path: Path) -> None:
     for i in range(index.samples):
         entry = index.sample(i)
         members = expected[entry.key]
-        assert storage.read(path, entry.image_offset, entry.image_size) == members[entry.image_ext]
-        assert storage.read(path, entry.text_offset, entry.text_size) == members[entry.text_ext]
+        assert storage.read(str(path), entry.image_offset, entry.image_size) == members[entry.image_ext]
+        assert storage.read(str(path), entry.text_offset, entry.text_size) == members[entry.text_ext]
     storage.close()
 
 
@@ -66,12 +67,13 @@ def test_json_serves_as_caption_where_there_is_no_txt(tmp_path: Path) -> None:
 def test_samples_left_out_are_counted_and_named(tmp_path: Path) -> None:
     members = [("a.jpg", b"1"), ("b.txt", b"x"), *sample(1), ("a.txt", b"x"), *sample(1), ("d.cls", b"0")]
     path = write_tar(tmp_path / "a.tar", members)
-    ensure_indexes([path], None)
+    learn_index(path, None)
     index = load_index(path, None)
     assert index.samples == 1
     assert index.incomplete == [("a", "no caption"), ("b", "no picture"), ("d", "no picture and no caption")]
     assert index.duplicates == ["a", "00001"]
-    assert ShardSet([path]).left_out == 5
+    catalog = Catalog(DataSet([Source("0", [str(path)])]), Storage())
+    assert [name for name, _ in catalog.left_out(0, 0)] == [f"a.tar#{key}" for key in ("a", "b", "d", "a", "00001")]
 
 
 def test_a_tar_without_a_whole_sample_is_refused(tmp_path: Path) -> None:
@@ -84,34 +86,34 @@ def test_an_index_reads_back_as_it_was_built(tmp_path: Path) -> None:
     built = build_index(path)
     write_index(built, index_path(path, None))
     loaded = load_index(path, None)
-    assert loaded.header == built.header == load_header(path, None)
+    assert loaded.header == built.header
     assert [loaded.sample(i) for i in range(2)] == [built.sample(i) for i in range(2)]
     assert loaded.incomplete == built.incomplete and loaded.sample(1).key == "bild-ä"
 
 
 def test_equal_names_of_different_folders_have_indexes_of_their_own(tmp_path: Path) -> None:
     shards = [write_tar(tmp_path / name / "00000.tar", sample(n)) for n, name in enumerate("ab")]
-    ensure_indexes(shards, tmp_path / "index")
+    for shard in shards:
+        learn_index(shard, tmp_path / "index")
     assert len(list((tmp_path / "index").iterdir())) == 2
     assert not list(tmp_path.glob("[ab]/*.idx"))
-    pair = ShardSet(shards, tmp_path / "index")
-    assert [pair.index(i).key(0) for i in range(2)] == ["00000", "00001"]
-    assert pair.sample_id(0, 0) == f"{shards[0]}#00000"
+    catalog = Catalog(DataSet([Source("0", [str(shard) for shard in shards])], tmp_path / "index"), Storage())
+    assert [catalog.sample(0, n, 0).id for n in range(2)] == [f"{shards[0]}#00000", f"{shards[1]}#00001"]
 
 
 def test_the_index_beside_a_shard_wins(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", sample(0))
-    ensure_indexes([shard], None)
-    ensure_indexes([shard], tmp_path / "index")
+    learn_index(shard, None)
+    learn_index(shard, tmp_path / "index")
     assert not (tmp_path / "index").exists()
 
 
 def test_an_index_older_than_its_shard_is_refused(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", sample(0))
-    ensure_indexes([shard], None)
+    learn_index(shard, None)
     state = shard.stat()
     os.utime(shard, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
-    for use in (lambda: load_index(shard, None), lambda: ensure_indexes([shard], None), lambda: ShardSet([shard])):
+    for use in (lambda: load_index(shard, None), lambda: learn_index(shard, None)):
         with pytest.raises(DataError, match=rf"index {shard}.idx is older than its shard {shard}: run `megamoe data index"):
             use()
     os.utime(shard, ns=(state.st_atime_ns, state.st_mtime_ns - 10**9))  # an older copy of the same size is the same
@@ -125,7 +127,7 @@ def test_an_index_older_than_its_shard_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [lambda d: d[:100], lambda d: b"", lambda d: d[:-300] + bytes(300), lambda d: b"x" * 99])
 def test_a_damaged_index_is_refused_with_the_remedy(tmp_path: Path, damage: object) -> None:
     shard = write_tar(tmp_path / "a.tar", sample(0))
-    ensure_indexes([shard], None)
+    learn_index(shard, None)
     path = index_path(shard, None)
     path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
     with pytest.raises(DataError, match="damaged; run `megamoe data index"):
@@ -135,43 +137,16 @@ def test_a_damaged_index_is_refused_with_the_remedy(tmp_path: Path, damage: obje
 def test_a_missing_index_or_shard_is_named(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", sample(0))
     with pytest.raises(DataError, match="has no index; run `megamoe data index"):
-        ShardSet([shard])
-    ensure_indexes([shard], None)
+        load_index(shard, None)
+    learn_index(shard, None)
     shard.unlink()
     with pytest.raises(DataError, match=r"a.tar: cannot be read"):
         load_index(shard, None)
 
 
 def test_the_fingerprint_tells_data_sets_apart_but_not_folders(tmp_path: Path) -> None:
-    one = make_set(tmp_path / "a", [3, 2])
-    assert data_fingerprint(one) == data_fingerprint(make_set(tmp_path / "b", [3, 2]))
-    others = [make_set(tmp_path / "c", [2, 3]), make_set(tmp_path / "d", [3]), ShardSet(one.shards[::-1])]
+    one = make_set(tmp_path / "a", [30, 2])
+    assert data_fingerprint(one) == data_fingerprint(make_set(tmp_path / "b", [30, 2]))
+    turned = DataSet([Source("0", one.sources[0].shards[::-1])])
+    others = [make_set(tmp_path / "c", [2, 30]), make_set(tmp_path / "d", [30]), turned]
     assert len({data_fingerprint(each) for each in [one, *others]}) == 4
-
-
-def test_a_shard_replaced_after_indexing_is_not_read_as_the_old_one(tmp_path: Path) -> None:
-    shard = write_tar(tmp_path / "a.tar", sample(0))
-    entry = build_index(shard).sample(0)
-    write_tar(shard, [("0.jpg", jpeg(3, side=48)), *sample(0)])
-    with pytest.raises(DataError, match=r"a.tar: changed at byte 512 since it was indexed"):
-        Storage().read(shard, entry.image_offset, entry.image_size)
-
-
-def test_a_short_read_names_shard_and_offset(tmp_path: Path) -> None:
-    shard = write_tar(tmp_path / "a.tar", sample(0))
-    entry = build_index(shard).sample(0)
-    os.truncate(shard, entry.text_offset + 3)
-    with pytest.raises(DataError, match=rf"ends at byte {entry.text_offset + 3}, within the member at byte"):
-        Storage().read(shard, entry.text_offset, entry.text_size)
-
-
-def test_few_files_stay_open(tmp_path: Path) -> None:
-    shards = [write_tar(tmp_path / f"{n}.tar", sample(n)) for n in range(6)]
-    entries = [build_index(shard).sample(0) for shard in shards]
-    storage, before = Storage(open_files=2), len(os.listdir("/proc/self/fd"))
-    for _ in range(2):
-        for shard, entry in zip(shards, entries, strict=True):
-            storage.read(shard, entry.image_offset, entry.image_size)
-            assert len(os.listdir("/proc/self/fd")) <= before + 2
-    storage.close()
-    assert len(os.listdir("/proc/self/fd")) == before

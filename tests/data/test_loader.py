@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,9 +17,11 @@ import torch
 
 from megamoe.config.schema import DataConfig, VisionConfig
 from megamoe.data import lane as lane_module
-from megamoe.data.catalog import ShardSet
+from megamoe.data.catalog import BadShard, Catalog, DataSet
 from megamoe.data.loader import StepBatch, StepLoader
-from megamoe.data.order import SampleOrder
+from megamoe.data.order import Anchor, SampleOrder
+from megamoe.data.state import DataState, earliest
+from megamoe.data.storage import Storage
 from megamoe.data.tokenizer import Tokenizer
 from megamoe.errors import DataError, UserError
 from tests.data.shard_factory import jpeg, make_set
@@ -31,17 +34,17 @@ Slot = tuple[bytes, bytes, tuple[str, ...], tuple[tuple[str, str], ...], int]
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+def shards(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
     return make_set(tmp_path_factory.mktemp("shards"), [13, 21, 7], SPOILT)
 
 
-def loader(shards: ShardSet, tokenizer: Tokenizer, dp_rank: int, dp_size: int, micro: int, workers: int) -> StepLoader:
-    data = DataConfig(sequence_length=48, images_per_sequence=3, workers=workers, shuffle_window=10)
+def loader(shards: DataSet, tokenizer: Tokenizer, dp_rank: int, dp_size: int, micro: int, workers: int) -> StepLoader:
+    data = DataConfig(sequence_length=48, images_per_sequence=3, workers=workers, shuffle_shards=2)
     return StepLoader(
         data,
         vision=VISION,
         tokenizer=tokenizer,
-        shards=shards,
+        dataset=shards,
         seed=5,
         global_batch=GLOBAL_BATCH,
         micro_batch=micro,
@@ -50,7 +53,7 @@ def loader(shards: ShardSet, tokenizer: Tokenizer, dp_rank: int, dp_size: int, m
     )
 
 
-def slots_of(step: StepBatch, dp_rank: int, dp_size: int, micro: int) -> dict[int, Slot]:
+def slots_of(step: StepBatch, cursors: Mapping[int, int], dp_rank: int, dp_size: int, micro: int) -> dict[int, Slot]:
     """Slots by number, from the documented rule of which micro-batch holds which lanes."""
     found: dict[int, Slot] = {}
     for i, (pixels, text) in enumerate(step.micro_batches):
@@ -60,40 +63,41 @@ def slots_of(step: StepBatch, dp_rank: int, dp_size: int, micro: int) -> dict[in
             slot = (i * dp_size + dp_rank) * micro + b
             ids = tuple(name for number, name in step.samples if number == slot)
             lost = tuple((each.id, each.reason) for each in step.lost if each.slot == slot)
-            found[slot] = (pixels[b].numpy().tobytes(), text[b].numpy().tobytes(), ids, lost, step.cursors[slot])
+            found[slot] = (pixels[b].numpy().tobytes(), text[b].numpy().tobytes(), ids, lost, cursors[slot])
     assert step.targets == sum((text[:, 2] != -100).sum().item() for _, text in step.micro_batches)
     assert step.wait_seconds >= 0
     return found
 
 
 def run(
-    shards: ShardSet,
+    shards: DataSet,
     tokenizer: Tokenizer,
     steps: int,
     dp_size: int = 1,
     micro: int = 1,
     workers: int = 0,
-    start: dict[int, int] | None = None,
-) -> tuple[list[dict[int, Slot]], dict[int, int]]:
+    start: DataState | None = None,
+) -> tuple[list[dict[int, Slot]], DataState]:
     """Global batches of ``steps`` steps and the state after them, all ranks together."""
     with ExitStack() as stack:
         ranks = [stack.enter_context(loader(shards, tokenizer, d, dp_size, micro, workers)) for d in range(dp_size)]
         for rank in ranks:
             if start is not None:
-                rank.load_state_dict(start)
+                rank.go_on_from(start)
         batches = []
         for _ in range(steps):
             batch: dict[int, Slot] = {}
             for d, rank in enumerate(ranks):
-                batch |= slots_of(next(rank), d, dp_size, micro)
+                batch |= slots_of(next(rank), rank.state.cursors, d, dp_size, micro)
             assert sorted(batch) == list(range(GLOBAL_BATCH))
             batches.append(batch)
-        state = {lane: cursor for rank in ranks for lane, cursor in rank.state_dict().items()}
-    return batches, state
+        cursors = {lane: rank.state.cursors[lane] for rank in ranks for lane in rank.state.cursors}
+        anchors = earliest(rank.state.anchors for rank in ranks)
+    return batches, DataState({lane: cursors[lane] for lane in sorted(cursors)}, anchors, {})
 
 
 @pytest.fixture(scope="module")
-def reference(shards: ShardSet, tokenizer: Tokenizer) -> tuple[list[dict[int, Slot]], dict[int, int]]:
+def reference(shards: DataSet, tokenizer: Tokenizer) -> tuple[list[dict[int, Slot]], DataState]:
     return run(shards, tokenizer, 12)
 
 
@@ -101,9 +105,9 @@ def reference(shards: ShardSet, tokenizer: Tokenizer) -> tuple[list[dict[int, Sl
     ("dp_size", "micro", "workers"), [(1, 8, 0), (2, 2, 0), (4, 2, 0), (8, 1, 0), (2, 4, 1), (1, 2, 3), (4, 1, 9)]
 )
 def test_global_batches_are_the_same_on_every_layout(
-    shards: ShardSet,
+    shards: DataSet,
     tokenizer: Tokenizer,
-    reference: tuple[list[dict[int, Slot]], dict[int, int]],
+    reference: tuple[list[dict[int, Slot]], DataState],
     dp_size: int,
     micro: int,
     workers: int,
@@ -112,7 +116,7 @@ def test_global_batches_are_the_same_on_every_layout(
 
 
 def test_a_stopped_run_goes_on_exactly_on_other_ranks(
-    shards: ShardSet, tokenizer: Tokenizer, reference: tuple[list[dict[int, Slot]], dict[int, int]]
+    shards: DataSet, tokenizer: Tokenizer, reference: tuple[list[dict[int, Slot]], DataState]
 ) -> None:
     first, state = run(shards, tokenizer, 4, dp_size=4, micro=2, workers=0)
     second, state = run(shards, tokenizer, 3, dp_size=2, micro=1, workers=2, start=state)
@@ -120,25 +124,27 @@ def test_a_stopped_run_goes_on_exactly_on_other_ranks(
     assert (first + second + third, state) == reference
 
 
-def test_every_sample_comes_once_per_epoch_and_corrupt_ones_are_lost_once(shards: ShardSet, tokenizer: Tokenizer) -> None:
+def test_every_sample_comes_once_per_epoch_and_corrupt_ones_are_lost_once(shards: DataSet, tokenizer: Tokenizer) -> None:
     batches, state = run(shards, tokenizer, 14, dp_size=2, micro=2)
-    epochs = min(state.values()) * GLOBAL_BATCH // shards.samples
+    catalog = Catalog(shards, Storage())
+    counts = [catalog.count(0, shard) for shard in range(3)]
+    epochs = min(state.cursors.values()) * GLOBAL_BATCH // sum(counts)
     assert epochs >= 3
-    order = SampleOrder(shards.counts, 5, GLOBAL_BATCH, 10)
-    everything = {shards.sample_id(shard, n) for shard, count in enumerate(shards.counts) for n in range(count)}
+    order = SampleOrder([3], [1.0], lambda _, shard: counts[shard], seed=5, lanes=GLOBAL_BATCH, shuffle_shards=2)
+    everything = {catalog.sample(0, shard, n).id for shard, count in enumerate(counts) for n in range(count)}
     spoilt = {name for name in everything if int(name.split("#")[1]) in SPOILT}
     times_seen: Counter[str] = Counter()
-    for lane, cursor in state.items():
+    for lane, cursor in state.cursors.items():
         used = [name for batch in batches for name in batch[lane][2]]
         lost = [name for batch in batches for name, _ in batch[lane][3]]
         assert set(lost) <= spoilt and not set(used) & spoilt
         due = [order.locate(lane, k) for k in range(cursor)]
-        assert Counter(used + lost) == Counter(shards.sample_id(ref.shard, ref.sample) for ref in due)
-        times_seen.update(shards.sample_id(ref.shard, ref.sample) for ref in due if ref.epoch < epochs)
+        assert Counter(used + lost) == Counter(catalog.sample(0, ref.shard, ref.sample).id for ref in due)
+        times_seen.update(catalog.sample(0, ref.shard, ref.sample).id for ref in due if ref.epoch < epochs)
     assert times_seen == Counter({name: epochs for name in everything})
 
 
-def test_corrupt_samples_are_named_with_the_reason(shards: ShardSet, tokenizer: Tokenizer) -> None:
+def test_corrupt_samples_are_named_with_the_reason(shards: DataSet, tokenizer: Tokenizer) -> None:
     with loader(shards, tokenizer, 0, 1, 8, 0) as one:
         lost = {each.id: each.reason for _ in range(6) for each in next(one).lost}
     assert lost["00000.tar#00003"] == "image: empty"
@@ -146,23 +152,26 @@ def test_corrupt_samples_are_named_with_the_reason(shards: ShardSet, tokenizer: 
     assert len(lost) == 4
 
 
-def test_prefetched_steps_do_not_count_as_seen(shards: ShardSet, tokenizer: Tokenizer) -> None:
+def test_prefetched_steps_do_not_count_as_seen(shards: DataSet, tokenizer: Tokenizer) -> None:
     with loader(shards, tokenizer, 0, 1, 8, 2) as one:
-        step = next(one)
-        next_cursors = next(one).cursors
-        assert one.state_dict() == next_cursors != step.cursors
-        one.load_state_dict(step.cursors)
-        assert one.state_dict() == step.cursors
-        assert next(one).cursors == next_cursors
+        next(one)
+        first = one.state
+        next(one)
+        second = one.state
+        assert second != first
+        one.go_on_from(first)
+        assert one.state == first
+        next(one)
+        assert one.state == second
 
 
-def test_captions_that_do_not_fit_are_cut_and_counted(shards: ShardSet, tokenizer: Tokenizer) -> None:
+def test_captions_that_do_not_fit_are_cut_and_counted(shards: DataSet, tokenizer: Tokenizer) -> None:
     data = DataConfig(sequence_length=8, images_per_sequence=3, workers=0)
     with StepLoader(
         data,
         vision=VISION,
         tokenizer=tokenizer,
-        shards=shards,
+        dataset=shards,
         seed=0,
         global_batch=2,
         micro_batch=2,
@@ -175,9 +184,7 @@ def test_captions_that_do_not_fit_are_cut_and_counted(shards: ShardSet, tokenize
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_random_numbers_of_the_training_process_are_left_alone(
-    shards: ShardSet, tokenizer: Tokenizer, workers: int
-) -> None:
+def test_random_numbers_of_the_training_process_are_left_alone(shards: DataSet, tokenizer: Tokenizer, workers: int) -> None:
     torch.manual_seed(0)
     np.random.seed(0)
     before, expected = torch.get_rng_state(), np.random.RandomState(0).random(4)
@@ -187,14 +194,15 @@ def test_random_numbers_of_the_training_process_are_left_alone(
     assert np.array_equal(np.random.random(4), expected)
 
 
-def test_a_batch_that_does_not_divide_is_refused(shards: ShardSet, tokenizer: Tokenizer) -> None:
+def test_a_batch_that_does_not_divide_is_refused(shards: DataSet, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match=r"train.global_batch 8: not a multiple of train.micro_batch 1 x 3"):
         loader(shards, tokenizer, 0, 3, 1, 0)
 
 
-def test_the_state_of_another_global_batch_is_refused(shards: ShardSet, tokenizer: Tokenizer) -> None:
+def test_the_state_of_another_global_batch_is_refused(shards: DataSet, tokenizer: Tokenizer) -> None:
+    state = DataState({lane: 0 for lane in range(4)}, (Anchor(0, 0),), {})
     with pytest.raises(DataError, match=r"holds 4 lanes, but train.global_batch is 8"):
-        loader(shards, tokenizer, 0, 1, 1, 0).load_state_dict({lane: 0 for lane in range(4)})
+        loader(shards, tokenizer, 0, 1, 1, 0).go_on_from(state)
 
 
 def test_data_of_which_nothing_can_be_used_stops_the_run(
@@ -211,14 +219,14 @@ def test_a_shard_that_goes_bad_is_the_same_one_line_with_and_without_workers(
     tmp_path: Path, tokenizer: Tokenizer, workers: int
 ) -> None:
     shards = make_set(tmp_path, [40])
-    os.truncate(shards.shards[0], 5000)
+    os.truncate(shards.sources[0].shards[0], 5000)
     with pytest.raises(DataError) as raised, loader(shards, tokenizer, 0, 1, 8, workers) as one:
         next(one)
-    assert type(raised.value) is DataError and "is older than its shard" in str(raised.value)
+    assert isinstance(raised.value, BadShard) and "is older than its shard" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_a_dead_worker_is_named(shards: ShardSet, tokenizer: Tokenizer) -> None:
+def test_a_dead_worker_is_named(shards: DataSet, tokenizer: Tokenizer) -> None:
     with loader(shards, tokenizer, 0, 1, 8, 2) as one:
         next(one)
         victim = one._items._workers[1]
@@ -228,7 +236,7 @@ def test_a_dead_worker_is_named(shards: ShardSet, tokenizer: Tokenizer) -> None:
                 next(one)
 
 
-def test_workers_end_when_closed_and_ignore_signals_meant_for_the_run(shards: ShardSet, tokenizer: Tokenizer) -> None:
+def test_workers_end_when_closed_and_ignore_signals_meant_for_the_run(shards: DataSet, tokenizer: Tokenizer) -> None:
     one = loader(shards, tokenizer, 0, 1, 8, 2)
     next(one)
     workers = list(one._items._workers)
@@ -246,14 +254,14 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from megamoe.config.schema import DataConfig, VisionConfig
-from megamoe.data.catalog import ShardSet
+from megamoe.data.catalog import DataSet, Source
 from megamoe.data.loader import StepLoader
 from megamoe.data.tokenizer import Tokenizer
 if __name__ == "__main__":
-    shards = ShardSet([Path(each) for each in sys.argv[3:]])
+    shards = DataSet([Source("0", sys.argv[3:])])
     data = DataConfig(sequence_length=48, images_per_sequence=3, workers=2)
     loader = StepLoader(data, vision=VisionConfig(image_size=16, patch_size=8), tokenizer=Tokenizer(sys.argv[2]),
-                        shards=shards, seed=0, global_batch=4, micro_batch=1, dp_rank=0, dp_size=1)
+                        dataset=shards, seed=0, global_batch=4, micro_batch=1, dp_rank=0, dp_size=1)
     next(loader)
     assert "deepspeed" not in sys.modules
     if sys.argv[1] == "killed":
@@ -264,11 +272,11 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(("end", "status"), [("error", 1), ("killed", -signal.SIGKILL)])
 def test_workers_end_with_a_run_that_does_not_close_them(
-    shards: ShardSet, tokenizer_path: Path, tmp_path: Path, end: str, status: int
+    shards: DataSet, tokenizer_path: Path, tmp_path: Path, end: str, status: int
 ) -> None:
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
-    arguments = [sys.executable, str(script), end, str(tokenizer_path), *map(str, shards.shards)]
+    arguments = [sys.executable, str(script), end, str(tokenizer_path), *shards.sources[0].shards]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     # the pipe of stderr is open as long as any worker lives, so this returns only when all have ended
     done = subprocess.run(arguments, env=env, stderr=subprocess.PIPE, text=True, timeout=60)

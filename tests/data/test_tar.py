@@ -22,7 +22,7 @@ FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 def members(path: Path) -> list[Member]:
     file, state = open_for_walk(path)
     with file:
-        return list(walk(path, file, state.st_size))
+        return list(walk(str(path), file, state.st_size))
 
 
 def by_tarfile(path: Path) -> list[Member]:
@@ -84,7 +84,7 @@ def test_sizes_beyond_octal_are_read(tmp_path: Path) -> None:
 def members_of_sparse_file(path: Path, end: int) -> list[Member]:
     file, _ = open_for_walk(path)
     with file:
-        return list(walk(path, file, end + 1024))
+        return list(walk(str(path), file, end + 1024))
 
 
 WHOLE = [member for n in range(3) for member in sample(n)]

@@ -42,7 +42,8 @@ def training_loss(source: Path, data: Path) -> float:
     total, targets = 0.0, 0
     for sample in read_samples([str(data)], None, model.vision.image_size, on_lost=lambda name, reason: None):
         builder = SequenceBuilder(shape, loaded.tokenizer)
-        builder.add(sample.image, loaded.tokenizer.encode(sample.caption))
+        builder.next_picture[...] = sample.image
+        builder.add(loaded.tokenizer.encode(sample.caption))
         text = torch.from_numpy(builder.text)[None]
         with torch.no_grad():
             total += float(loaded.stack(torch.from_numpy(builder.pixels)[None], text)[0])

@@ -12,10 +12,8 @@ import torch
 
 from megamoe.config import Config
 from megamoe.config.size import model_size
-from megamoe.data.catalog import ShardSet
-from megamoe.data.index import ensure_indexes
 from megamoe.data.loader import StepLoader
-from megamoe.data.shards import expand_shards
+from megamoe.data.sources import open_data_set
 from megamoe.data.tokenizer import Tokenizer
 from megamoe.model.stack import CaptionLoss, build_stack
 from megamoe.train.schedule import learning_rate
@@ -33,14 +31,11 @@ def reference_run(config: Config) -> Reference:
     """Train as ``config`` says; paths are relative to the current folder."""
     assert config.data.tokenizer is not None
     tokenizer = Tokenizer(config.data.tokenizer)
-    paths = expand_shards(config.data.train)
-    index = Path("reference-index")
-    ensure_indexes(paths, index)
     loader = StepLoader(
         config.data,
         vision=config.model.vision,
         tokenizer=tokenizer,
-        shards=ShardSet(paths, index),
+        dataset=open_data_set(config.data, Path("reference-index")),
         seed=config.run.seed,
         global_batch=config.train.global_batch,
         micro_batch=1,
