@@ -1,0 +1,31 @@
+"""Names of shards that are no local files: their scheme, and how they are shown without the secrets in them."""
+
+from __future__ import annotations
+
+import re
+
+_SCHEME = re.compile(r"(pipe)(?=:)|([A-Za-z][A-Za-z0-9+.-]*)(?=://)")
+_USER = re.compile(r"(?<=://)(?:[^/\s'\"]*:[^/\s'\"]*|(?<=http://)[^/\s'\"]+|(?<=https://)[^/\s'\"]+)@")
+_QUERY = re.compile(r"(https?://[^\s'\"?]*)\?[^\s'\"]+|\?[^\s'\"]*=[^\s'\"]*")  # signatures of pre-signed URLs
+_HEADER = re.compile(r"\b(bearer|basic|token)\s+[^\s'\"]+|((?<=-key:)|(?<=-token:))\s*[^\s'\"]+", re.IGNORECASE)
+_SETTING = re.compile(r"((?:password|passwd|secret|token|key)[\w-]*=)[^\s'\"&]+", re.IGNORECASE)
+_LONGEST = 300  # characters of a reason: servers and commands may send whole pages
+
+
+def scheme(shard: str) -> str | None:
+    """``http``, ``s3``, ``pipe``, ...; None for a local path."""
+    match = _SCHEME.match(shard)
+    return match.group(0).lower() if match else None
+
+
+def masked(text: str) -> str:
+    """``text`` with ``***`` for user names, passwords, query strings and tokens in the URLs and commands in it."""
+    text = _QUERY.sub(r"\1?***", _USER.sub("***@", text))
+    return _SETTING.sub(r"\1***", _HEADER.sub(r"\1 ***", text))
+
+
+def one_line(text: str) -> str:
+    """``text`` of a stranger as part of a message: one short line, masked."""
+    line = " ".join(masked(text).split())
+    printable = "".join(character if character.isprintable() else "?" for character in line)
+    return printable if len(printable) <= _LONGEST else f"{printable[:_LONGEST]}..."
