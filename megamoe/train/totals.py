@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 import torch
@@ -12,6 +13,9 @@ from megamoe.errors import DataError
 
 # Before that many samples a single bad one would already be a large share.
 _SAMPLES_BEFORE_LIMIT = 1000
+
+_OF_SOURCE = ("samples", "bytes", "decode_seconds", "lost_image", "lost_caption", "lost_incomplete", "lost_shard")
+_OF_READING = ("downloads", "cache_hits", "retries", "received", "seconds")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,21 @@ def step_totals(batch: StepBatch | None, bad_shard: bool, device: torch.device) 
     counts = torch.tensor(astuple(mine), dtype=torch.int64, device=device)
     dist.all_reduce(counts)
     return StepTotals(*counts.tolist())
+
+
+def reading_totals(
+    batch: StepBatch | None, sources: Sequence[str], device: torch.device
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """What each source gave in this step, by name, and what bringing it took, over all ranks. All ranks call."""
+    pairs = [(number, what) for number in range(len(sources)) for what in _OF_SOURCE]
+    mine = [0.0] * (len(pairs) + len(_OF_READING))
+    if batch is not None:
+        mine = [*(batch.counters[pair] for pair in pairs), *(batch.reading[what] for what in _OF_READING)]
+    sums = torch.tensor(mine, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    rounded = [round(value, 6) if value % 1 else int(value) for value in sums.tolist()]
+    given = {name: dict(zip(_OF_SOURCE, rounded[n * len(_OF_SOURCE) :], strict=False)) for n, name in enumerate(sources)}
+    return given, dict(zip(_OF_READING, rounded[len(pairs) :], strict=True))
 
 
 def check_losses(lost: int, samples: int, max_corrupt: float) -> None:

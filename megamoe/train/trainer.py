@@ -30,7 +30,7 @@ from megamoe.parallel.memory import peak_memory, predict_memory
 from megamoe.train.data import next_batch, whole_state
 from megamoe.train.records import RunRecords, truncate_lost
 from megamoe.train.schedule import learning_rate
-from megamoe.train.totals import StepTotals, check_losses
+from megamoe.train.totals import StepTotals, check_losses, reading_totals
 
 _PACKAGES = ("torch", "deepspeed", "safetensors")
 
@@ -53,6 +53,7 @@ class Trainer:
         self.tokenizer = tokenizer
         self.fingerprints = {"tokenizer": tokenizer.fingerprint, "data": data_fingerprint(data)}
         _same_everywhere(self.fingerprints)
+        self.sources = [source.name for source in data.sources]
         self.flops_per_step = model_size(config).flops_per_sequence * config.train.global_batch
         if checkpoint is not None:  # before minutes are spent on building the model
             state = TrainState.from_json(read_manifest(checkpoint).get("state"), str(checkpoint))
@@ -108,7 +109,9 @@ class Trainer:
                 f"lower optim.lr or look at the samples of this step (data.audit=true)"
             )
         self.step += 1
-        self.records.write(self._record(result, totals, lr, batch, time.perf_counter() - started), batch)
+        given, reading = reading_totals(batch, self.sources, self.device)
+        record = self._record(result, totals, lr, batch, time.perf_counter() - started)
+        self.records.write(record | {"sources": given, "reading": reading}, batch)
 
     def _record(
         self, result: StepResult, totals: StepTotals, lr: float, batch: StepBatch | None, seconds: float
@@ -130,7 +133,6 @@ class Trainer:
             "tokens_per_second": totals.tokens / seconds,
             "model_flops_per_second": self.flops_per_step / seconds,
             "world_size": self.layout.world_size,
-            "sources": sources,
             "load": result.load,
         }
 

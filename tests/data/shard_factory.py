@@ -47,7 +47,7 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]], format: int = ta
 
 
 def make_set(folder: Path, counts: Sequence[int], spoilt: dict[int, bytes] | None = None) -> DataSet:
-    """One source of indexed shards of ``counts`` samples, numbered through; ``spoilt`` gives other bytes for some pictures."""
+    """One source of indexed shards of ``counts`` samples, numbered through; ``spoilt``: other bytes for pictures."""
     spoilt = spoilt or {}
     shards, n = [], 0
     for number, count in enumerate(counts):

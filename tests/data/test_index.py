@@ -11,9 +11,8 @@ import pytest
 from megamoe.data.catalog import Catalog, DataSet, Source, data_fingerprint
 from megamoe.data.index import build_index, index_path, learn_index, load_index, write_index
 from megamoe.data.storage import Storage
-from megamoe.data.storage import Storage
 from megamoe.errors import DataError
-from tests.data.shard_factory import jpeg, make_set, sample, write_tar
+from tests.data.shard_factory import make_set, sample, write_tar
 
 NOTO = Path(__file__).parents[2] / "../shared/data/noto-emoji"
 

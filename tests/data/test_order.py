@@ -138,8 +138,13 @@ def test_epochs_and_seeds_differ() -> None:
 
 def test_the_order_is_the_one_of_earlier_versions() -> None:
     # fmt: off
-    assert [tuple(ref[2:]) for ref in head(make([[3, 2, 4]], 7, 2, 2), 9)] == [(2, 0), (2, 3), (1, 1), (2, 1), (2, 2), (1, 0), (0, 0), (0, 1), (0, 2)]
-    assert [tuple(ref) for ref in head(make([[3, 2], [4]], 7, 2, 2, [2, 1]), 9)] == [(1, 0, 0, 2), (0, 0, 0, 0), (1, 0, 0, 3), (0, 0, 1, 1), (1, 0, 0, 0), (1, 0, 0, 1), (0, 0, 0, 1), (1, 1, 0, 1), (1, 1, 0, 0)]
+    assert [tuple(ref[2:]) for ref in head(make([[3, 2, 4]], 7, 2, 2), 9)] == [
+        (2, 0), (2, 3), (1, 1), (2, 1), (2, 2), (1, 0), (0, 0), (0, 1), (0, 2),
+    ]
+    assert [tuple(ref) for ref in head(make([[3, 2], [4]], 7, 2, 2, [2, 1]), 9)] == [
+        (1, 0, 0, 2), (0, 0, 0, 0), (1, 0, 0, 3), (0, 0, 1, 1), (1, 0, 0, 0), (1, 0, 0, 1), (0, 0, 0, 1),
+        (1, 1, 0, 1), (1, 1, 0, 0),
+    ]
     # fmt: on
 
 
