@@ -68,7 +68,10 @@ class SequenceBuilder:
         return not self.full and (self.samples == 0 or self._shape.image_tokens + len(caption) + 1 <= self._room)
 
     def add(self, caption: list[int]) -> None:
-        """Append a sample that fits, its picture already in place. A caption longer than ``L - P - 1`` is cut and counted; its end token stays."""
+        """Append a sample that fits, its picture already in place.
+
+        A caption longer than ``L - P - 1`` is cut and counted; its end token stays.
+        """
         assert self.fits(caption)
         most = self._shape.length - self._shape.image_tokens - 1
         if len(caption) > most:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megamoe.data.decode import CorruptSample, decode_caption, decode_image
 from megamoe.data.cache import ShardCache
+from megamoe.data.decode import CorruptSample, decode_caption, decode_image
 from megamoe.data.index import SampleEntry, build_index, index_path, load_index
 from megamoe.data.shards import expand_shards, is_remote, shard_labels
 from megamoe.data.split import held_out, key_hash
