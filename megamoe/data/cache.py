@@ -13,7 +13,7 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import BinaryIO
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from megamoe.data.files import atomic_file
 from megamoe.data.remote import Download, download
@@ -186,11 +186,11 @@ class ShardCache:
         for suffix in ("json", "tar", "part"):  # without its json a shard does not count
             self._path(key, suffix).unlink(missing_ok=True)
 
-    def _lock(self, key: str, timeout: float = -1) -> FileLock:
+    def _lock(self, key: str, timeout: float = -1) -> AcquireReturnProxy:
         # Lock files stay: to unlink one while another process opens it would give two processes "the" lock.
         folder = self.folder / "locks"
         folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(folder / f"{key}.lock", timeout=timeout, poll_interval=_POLL)
+        return FileLock(folder / f"{key}.lock").acquire(timeout, poll_interval=_POLL)
 
     def _path(self, key: str, suffix: str) -> Path:
         return self.folder / f"{key}.{suffix}"
