@@ -7,13 +7,13 @@ import hashlib
 import json
 import os
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
 from typing import BinaryIO
 
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock, Timeout
 
 from megamoe.data.files import atomic_file
 from megamoe.data.remote import Download, download
@@ -186,7 +186,7 @@ class ShardCache:
         for suffix in ("json", "tar", "part"):  # without its json a shard does not count
             self._path(key, suffix).unlink(missing_ok=True)
 
-    def _lock(self, key: str, timeout: float = -1) -> AcquireReturnProxy:
+    def _lock(self, key: str, timeout: float = -1) -> AbstractContextManager[object]:
         # Lock files stay: to unlink one while another process opens it would give two processes "the" lock.
         folder = self.folder / "locks"
         folder.mkdir(parents=True, exist_ok=True)
