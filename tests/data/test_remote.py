@@ -319,6 +319,22 @@ def test_a_store_that_breaks_off_goes_on_at_its_byte_unless_the_object_changed(
     assert done.retries == 1 and reads[2] == (0 if replaced else reads[1])
 
 
+def test_an_object_replaced_without_a_break_is_read_again(file: BinaryIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, first, other = fsspec.filesystem("memory"), os.urandom(1 << 20), os.urandom(1 << 20)
+    store.pipe("/moving.tar", first)
+    real, reads = MemoryFile.read, []
+
+    def read(self: MemoryFile, size: int = -1) -> bytes:
+        reads.append(self.tell())
+        if len(reads) == 1:
+            store.pipe("/moving.tar", other)
+        return bytes(real(self, size))
+
+    monkeypatch.setattr(MemoryFile, "read", read)
+    assert download("memory://moving.tar", file, QUICK).retries == 1
+    assert content(file) == other
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
