@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
@@ -186,11 +186,11 @@ class ShardCache:
         for suffix in ("json", "tar", "part"):  # without its json a shard does not count
             self._path(key, suffix).unlink(missing_ok=True)
 
-    def _lock(self, key: str, timeout: float = -1) -> FileLock:
+    def _lock(self, key: str, timeout: float = -1) -> AbstractContextManager[object]:
         # Lock files stay: to unlink one while another process opens it would give two processes "the" lock.
         folder = self.folder / "locks"
         folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(folder / f"{key}.lock", timeout=timeout, poll_interval=_POLL)
+        return FileLock(folder / f"{key}.lock").acquire(timeout, poll_interval=_POLL)
 
     def _path(self, key: str, suffix: str) -> Path:
         return self.folder / f"{key}.{suffix}"

@@ -69,7 +69,7 @@ def shard_labels(shards: Sequence[str]) -> list[str]:
     """
     names = [_file_name(shard) for shard in shards]
     often = Counter(names)
-    whole = {shard: masked(shard) for shard, name in zip(shards, names, strict=True) if often[name] > 1}
+    whole = {shard: _shown(shard) for shard, name in zip(shards, names, strict=True) if often[name] > 1}
     often_whole = Counter(whole.values())
     return [
         name
@@ -195,6 +195,10 @@ class _Disk:
         return self._listed[folder]
 
 
+def _shown(shard: str) -> str:
+    return masked(shard.partition("?")[0] if scheme(shard) in _WEB else shard)
+
+
 def _file_name(shard: str) -> str:
     kind = scheme(shard)
     if kind is None:
@@ -202,5 +206,4 @@ def _file_name(shard: str) -> str:
     if kind == "pipe":
         words = [os.path.basename(word.partition("?")[0]) for word in re.split(r"[\s'\"<>|;&()=]+", shard)]
         return next((word for word in reversed(words) if word.endswith(".tar")), masked(shard))
-    path = shard.partition("?")[0] if kind in _WEB else shard
-    return path.rstrip("/").rpartition("/")[2]
+    return _shown(shard).rpartition("/")[2]

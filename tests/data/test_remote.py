@@ -11,10 +11,13 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
 from megamoe.data.remote import Download, ShardUnavailable, download
 from megamoe.data.stream import Patience
+from megamoe.data.urls import masked
 from megamoe.errors import DataError
 from tests.data import shard_server
 from tests.data.shard_factory import sample, write_tar
@@ -292,3 +295,58 @@ def test_a_pipe_that_is_given_up_leaves_no_process(tmp_path: Path, file: BinaryI
             return
         time.sleep(0.05)
     pytest.fail("the shell is still there")
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_store_that_breaks_off_goes_on_at_its_byte_unless_the_object_changed(
+    file: BinaryIO, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    store, first, other = fsspec.filesystem("memory"), os.urandom(20 << 20), os.urandom(20 << 20)
+    store.pipe("/breaking.tar", first)
+    real, reads = MemoryFile.read, []
+
+    def read(self: MemoryFile, size: int = -1) -> bytes:
+        reads.append(self.tell())
+        if len(reads) == 2:
+            if replaced:
+                store.pipe("/breaking.tar", other)
+            raise ConnectionResetError("reset by peer")
+        return bytes(real(self, size))
+
+    monkeypatch.setattr(MemoryFile, "read", read)
+    done = download("memory://breaking.tar", file, QUICK)
+    assert content(file) == (other if replaced else first)
+    assert done.retries == 1 and reads[2] == (0 if replaced else reads[1])
+
+
+def test_an_object_replaced_without_a_break_is_read_again(file: BinaryIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, first, other = fsspec.filesystem("memory"), os.urandom(1 << 20), os.urandom(1 << 20)
+    store.pipe("/moving.tar", first)
+    real, reads = MemoryFile.read, []
+
+    def read(self: MemoryFile, size: int = -1) -> bytes:
+        reads.append(self.tell())
+        if len(reads) == 1:
+            store.pipe("/moving.tar", other)
+        return bytes(real(self, size))
+
+    monkeypatch.setattr(MemoryFile, "read", read)
+    assert download("memory://moving.tar", file, QUICK).retries == 1
+    assert content(file) == other
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://u:p@ss@h/a.tar?sig=1", "http://***@h/a.tar?***"),
+        ("https://token@h/a.tar", "https://***@h/a.tar"),
+        ("s3://key:secret@b/a?.tar", "s3://***@b/a?.tar"),
+        ("hf://datasets/o/r@main/a.tar", "hf://datasets/o/r@main/a.tar"),
+        ("curl -H 'Authorization: Bearer abc' 'https://h/a?b'", "curl -H 'Authorization: Bearer ***' 'https://h/a?***'"),
+        ("AWS_SECRET_ACCESS_KEY=abc aws s3 cp", "AWS_SECRET_ACCESS_KEY=*** aws s3 cp"),
+        ("Max retries exceeded with url: /a.tar?sig=abc", "Max retries exceeded with url: /a.tar?***"),
+        ("NoSuchKey: The key does not exist", "NoSuchKey: The key does not exist"),
+    ],
+)
+def test_secrets_are_masked_and_names_are_not(text: str, shown: str) -> None:
+    assert masked(text) == shown
