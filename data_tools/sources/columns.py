@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.sources.item import FAILED_TO_DOWNLOAD, Item, Loss, find_loss
+from data_tools.sources.item import FAILED_TO_DOWNLOAD, Item, Loss, read_caption
 from megamoe.errors import DataError
 
 # In this order, upper or lower case: LAION (URL, TEXT), COYO (image_url), open_clip (filepath, title), HF (file_name, text)
@@ -63,7 +63,7 @@ def choose_columns(found: Sequence[str], table: Path, names: Names) -> Columns:
     if caption is None and names.captions:
         raise DataError(
             f"{table}: no column of captions; name it with --caption-col (of: {listed}), "
-            "or give --no-captions for shards of pictures alone"
+            "or give --captions-optional for pictures without"
         )
     return Columns(picture, image is None, caption, names.captions, names.image_root or table.parent)
 
@@ -77,7 +77,7 @@ def row_item(row: dict[str, Any], name: str, columns: Columns) -> Item:
         value = value.get("bytes") or value.get("path")
     elif isinstance(value, bytes):
         del kept[columns.picture]
-    caption, loss = find_loss(row.get(columns.caption) if columns.caption else None, columns.captions)
+    caption, loss = read_caption(row.get(columns.caption) if columns.caption else None, columns.captions)
     if columns.online:
         url = value.strip() if isinstance(value, str) else ""
         if not url:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.sources.item import FAILED_TO_DOWNLOAD, NO_CAPTION, Chunk, Item, Loss, Source, find_loss
+from data_tools.sources.item import FAILED_TO_DOWNLOAD, NO_CAPTION, Chunk, Item, Loss, Source, read_caption
 from megamoe.data.decode import CorruptSample, decode_caption
 from megamoe.data.index import IMAGE_EXTENSIONS
 from megamoe.errors import DataError
@@ -121,11 +121,11 @@ def _item(root: Path, name: str, key: str, captions: bool) -> Item:
         return Item(shown, columns=columns, key=key, loss=Loss(NO_CAPTION, str(error)))
     except (OSError, ValueError) as error:
         return Item(shown, columns=columns, key=key, loss=Loss(NO_CAPTION, "caption: cannot be read", str(error)))
-    caption, loss = find_loss(caption, captions)
+    caption, loss = read_caption(caption, captions)
     return Item(shown, root / name, caption, columns, key, loss)
 
 
-def _unreadable(what: str, why: str) -> Loss:
+def _unreadable(what: str, why: str | None) -> Loss:
     return Loss(FAILED_TO_DOWNLOAD, f"{what}: cannot be read", f"{what}: cannot be read ({why})")
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+FORMATS = ("folder", "csv", "tsv", "jsonl", "parquet", "txt")  # of sources
 # As img2dataset calls them in its parquet and stats files; the last one is ours.
 SUCCESS = "success"
 FAILED_TO_DOWNLOAD = "failed_to_download"  # the picture's bytes could not be had, from the net or from the disk
@@ -33,7 +34,7 @@ class Item:
         name: for people: a path, or a table and its row.
         key: its key in the shard; None: numbered, as img2dataset does.
         picture: a file, a URL (text), or the bytes themselves.
-        caption: without white space around it; None: shards without captions were asked for.
+        caption: without white space around it; None: there is none, and none is needed.
         columns: everything else that the source says of it.
         loss: set: it is left out, for this reason.
     """
@@ -78,18 +79,17 @@ class Source:
     note: str
 
 
-def find_loss(caption: object, wanted: bool) -> tuple[str | None, Loss | None]:
-    """The caption to keep (None where none is ``wanted``), or why there is none."""
+def read_caption(caption: object, needed: bool) -> tuple[str | None, Loss | None]:
+    """The caption to keep, or why the sample is left out; None and None: it has no caption, and needs none."""
     if isinstance(caption, str) and caption.strip():
         try:
             caption.encode("utf-8")
         except UnicodeError:
             return None, Loss(NO_CAPTION, "caption: not UTF-8")
         return caption.strip(), None
-    if not wanted:
-        return None, None
     if caption is None or isinstance(caption, str):
-        return None, Loss(NO_CAPTION, "caption: missing" if caption is None else "caption: empty")
+        loss = Loss(NO_CAPTION, "caption: missing" if caption is None else "caption: empty")
+        return None, loss if needed else None
     return None, Loss(NO_CAPTION, "caption: not text", f"caption: not text but {type(caption).__name__}")
 
 

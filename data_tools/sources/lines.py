@@ -40,10 +40,10 @@ class LinesChunk:
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             rows = _rows(self.path, _Lines(self.path, file, self.offset), self.kind)
-            for number in range(self.first, self.first + self.samples):
+            for number, row in zip(range(self.first, self.first + self.samples), rows, strict=False):
                 name = f"{self.path.name} row {number}"
                 try:
-                    yield row_item(_parse(next(rows), self), name, self.columns)
+                    yield row_item(_parse(row, self), name, self.columns)
                 except Loss as loss:
                     yield Item(name, loss=loss)
 
@@ -101,12 +101,9 @@ class _Lines:
         while line := self._file.readline(_MAX_LINE + 1):
             if len(line) > _MAX_LINE:
                 raise DataError(f"{self._path}: a line of more than {_MAX_LINE} bytes at byte {self.at}; is it a table?")
-            if self.at == 0:
-                line_text = line.removeprefix(_BOM)
-            else:
-                line_text = line
+            content = line if self.at else line.removeprefix(_BOM)
             self.at += len(line)
-            yield line_text.decode("utf-8", "surrogateescape")  # found again, and refused, where the row is used
+            yield content.decode("utf-8", "surrogateescape")  # found again, and refused, where the row is used
 
 
 def _rows(path: Path, lines: _Lines, kind: str) -> Iterator[Row]:
@@ -120,7 +117,7 @@ def _rows(path: Path, lines: _Lines, kind: str) -> Iterator[Row]:
         yield from (row for row in reader if row)
     except csv.Error as error:
         raise DataError(
-            f"{path}: line {reader.line_num}: {error}; quote fields as CSV does (\"\" for a quote), or give JSONL"
+            f'{path}: line {reader.line_num}: {error}; quote fields as CSV does ("" for a quote), or give JSONL'
         ) from error
 
 

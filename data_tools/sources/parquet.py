@@ -26,9 +26,20 @@ class ParquetChunk:
     samples: int
 
     def items(self) -> Iterator[Item]:
-        """Read the rows."""
+        """Read the rows.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        try:
+            yield from self._items()
+        except (OSError, pa.ArrowException) as error:
+            raise _unreadable(self.path, error) from error
+
+    def _items(self) -> Iterator[Item]:
         with pq.ParquetFile(self.path) as table:
-            groups, skip, at = [], 0, 0
+            groups: list[int] = []
+            skip = at = 0
             for group in range(table.num_row_groups):
                 rows = table.metadata.row_group(group).num_rows
                 if at < self.first + self.samples and at + rows > self.first:
@@ -56,8 +67,7 @@ def parquet_header(path: Path) -> tuple[str, ...]:
     try:
         return tuple(pq.read_schema(path).names)
     except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: cannot be read as parquet ({reason}); copy it again or check what it is") from error
+        raise _unreadable(path, error) from error
 
 
 def cut_parquet(path: Path, columns: Columns, shard_size: int) -> Iterator[ParquetChunk]:
@@ -66,3 +76,9 @@ def cut_parquet(path: Path, columns: Columns, shard_size: int) -> Iterator[Parqu
         rows = table.metadata.num_rows
     for first in range(0, rows, shard_size):
         yield ParquetChunk(path, columns, first, min(shard_size, rows - first))
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{path}: cannot be read as parquet ({' '.join(str(error).split())}); check what it is or copy it again"
+    )

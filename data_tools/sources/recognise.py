@@ -8,13 +8,12 @@ from pathlib import Path
 
 from data_tools.sources.columns import Columns, Names, choose_columns
 from data_tools.sources.folder import open_folder
-from data_tools.sources.item import Chunk, Source
+from data_tools.sources.item import FORMATS, Chunk, Source
 from data_tools.sources.lines import cut, read_header
 from data_tools.sources.parquet import cut_parquet, parquet_header
 from megamoe.data.index import IMAGE_EXTENSIONS
 from megamoe.errors import DataError
 
-FORMATS = ("folder", "csv", "tsv", "jsonl", "parquet", "txt")
 _SUFFIXES = {"csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl", "parquet": "parquet", "txt": "txt"}
 
 
@@ -100,7 +99,7 @@ def _open_tables(tables: Sequence[Path], kind: str, shard_size: int, names: Name
         if kind == "txt" and names.captions:
             raise DataError(
                 f"{table}: a list of URLs has no captions; give a table with a column of them, "
-                "or --no-captions for shards of pictures alone"
+                "or --captions-optional for pictures without"
             )
         columns = choose_columns(header, table, names)
         if kind == "parquet":
