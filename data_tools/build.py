@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools.build_shard import STATUSES, PictureOptions, ShardJob, make_shard
+from data_tools.build_shard import STATUSES, PictureOptions, ShardJob, first_loss, make_shard
 from data_tools.jobs import map_jobs
 from data_tools.sources.columns import Names
 from data_tools.sources.download import DownloadOptions
@@ -49,6 +49,7 @@ class Report:
     done: int
     totals: Counter[str]
     causes: Counter[str]
+    first_lost: str | None
 
     @property
     def lost(self) -> int:
@@ -59,7 +60,8 @@ class Report:
         """For ``--json``."""
         keys = ("count", "successes", *STATUSES, "bytes")
         found = {"format": self.source.kind, "shards": self.shards, "shards_done_before": self.done}
-        return found | {key: self.totals[key] for key in keys} | {"status_dict": dict(self.causes.most_common())}
+        causes = {"status_dict": dict(self.causes.most_common()), "first_lost": self.first_lost}
+        return found | {key: self.totals[key] for key in keys} | causes
 
     def __str__(self) -> str:
         text = f"{self.out}: {self.totals['successes']} samples in {self.shards} shards"
@@ -67,10 +69,13 @@ class Report:
             text += f" ({self.done} made before)"
         if not self.lost:
             return text
+        first = f"; the first: {self.first_lost}" if self.first_lost else ""
         causes = [f"{count} {cause}" for cause, count in self.causes.most_common() if cause != "success"]
         more = f"; {len(causes) - _SHOWN} more causes" if len(causes) > _SHOWN else ""
-        where = "status and error_message in the .parquet beside each shard"
-        return f"{text}; {self.lost} of {self.totals['count']} left out: {'; '.join(causes[:_SHOWN])}{more} ({where})"
+        return (
+            f"{text}; {self.lost} of {self.totals['count']} left out: {'; '.join(causes[:_SHOWN])}{more}{first} "
+            "(all: error_message in the .parquet beside each shard)"
+        )
 
 
 def plan(source: Path, options: BuildOptions) -> Source:
@@ -162,7 +167,7 @@ def _difference(found: Any, wanted: dict[str, Any]) -> str:
 def _is_done(job: ShardJob) -> bool:
     if not job.stats.exists():
         return False
-    return job.tar.exists() or _stats(job)["successes"] == 0
+    return job.parquet.exists() and (job.tar.exists() or _stats(job)["successes"] == 0)
 
 
 def _stats(job: ShardJob) -> dict[str, Any]:
@@ -177,8 +182,11 @@ def _stats(job: ShardJob) -> dict[str, Any]:
 def _report(source: Source, out: Path, jobs: Sequence[ShardJob], done: int) -> Report:
     totals: Counter[str] = Counter()
     causes: Counter[str] = Counter()
+    first: str | None = None
     for job in jobs:
         stats = _stats(job)
+        if first is None and stats["successes"] < stats["count"]:
+            first = first_loss(job)
         causes.update(stats["status_dict"])
         totals.update({key: stats[key] for key in ("count", "successes", *STATUSES, "bytes")})
-    return Report(source, out, len(jobs), done, totals, causes)
+    return Report(source, out, len(jobs), done, totals, causes, first)

@@ -62,6 +62,11 @@ class ShardJob:
         return self.out / f"{self.name}.tar"
 
     @property
+    def parquet(self) -> Path:
+        """A row for every item."""
+        return self.out / f"{self.name}.parquet"
+
+    @property
     def stats(self) -> Path:
         """Its totals, written last."""
         return self.out / f"{self.name}_stats.json"
@@ -86,7 +91,6 @@ def make_shard(job: ShardJob) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
     causes: Counter[str] = Counter()
-    written = 0
     with ExitStack() as stack:
         writer: ShardWriter | None = None
         for outcome in _outcomes(job):
@@ -99,7 +103,7 @@ def make_shard(job: ShardJob) -> dict[str, Any]:
         written = writer.bytes if writer else 0
     if len(rows) != job.chunk.samples:
         raise DataError(f"shard {job.tar}: the source changed while it was read; write to a new folder")
-    with atomic_file(job.out / f"{job.name}.parquet") as file:
+    with atomic_file(job.parquet) as file:
         pq.write_table(_table(rows), file)
     end = time.time()
     stats = {
@@ -115,6 +119,12 @@ def make_shard(job: ShardJob) -> dict[str, Any]:
     with atomic_file(job.stats) as file:
         file.write(json.dumps(stats, indent=4).encode())
     return stats
+
+
+def first_loss(job: ShardJob) -> str | None:
+    """Name and reason of the first item of a finished shard that is not in it."""
+    messages = pq.read_table(job.parquet, columns=["error_message"])["error_message"]
+    return next((str(message) for message in messages if message.is_valid), None)
 
 
 def _outcomes(job: ShardJob) -> Iterator[_Outcome]:

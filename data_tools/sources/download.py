@@ -137,15 +137,16 @@ class Downloader:
                 return self._read(url, response, deadline)
             finally:
                 response.close()
-        except TimeoutError as error:
-            raise _Passing("timed out", url) from error
         except NameResolutionError as error:
             raise _lost("host not found", url) from error
+        except NewConnectionError as error:  # before TimeoutError: it is one of them
+            raise _Passing("no connection", url) from error
+        except TimeoutError as error:
+            raise _Passing("timed out", url) from error
         except SSLError as error:
             raise _lost("TLS error", url, error) from error
-        except (NewConnectionError, ProtocolError) as error:
-            cause = "no connection" if isinstance(error, NewConnectionError) else "connection broken"
-            raise _Passing(cause, url) from error
+        except ProtocolError as error:
+            raise _Passing("connection broken", url) from error
         except LocationValueError as error:
             raise _lost("not an http(s) URL", url) from error
         except (HTTPError, ValueError, OSError) as error:  # whatever else a server can provoke

@@ -69,9 +69,9 @@ def _recognise_folder(path: Path, input_format: str | None) -> tuple[str, list[P
         return str(input_format), tables
     tars = [each for each in files if each.suffix == ".tar"]
     if input_format is None and tars:
-        made = "img2dataset's output" if any(each.name.endswith("_stats.json") for each in files) else "shards"
+        made = ", as img2dataset writes them" if any(each.name.endswith("_stats.json") for each in files) else ""
         raise DataError(
-            f"{path}: {made} already ({len(tars)} tars), nothing to build; "
+            f"{path}: shards already ({len(tars)} tars{made}), nothing to build; "
             f"run `megamoe data index {path}`, and `megamoe data validate {path}` to check it"
         )
     pictures = any(each.suffix[1:].lower() in IMAGE_EXTENSIONS for each in files)
