@@ -64,7 +64,7 @@ class Report:
         return found | {key: self.totals[key] for key in keys} | causes
 
     def __str__(self) -> str:
-        text = f"{self.out}: {self.totals['successes']} samples in {self.shards} shards"
+        text = f"{self.out}: {self.totals['successes']} samples in {self.shards} shard{'s' * (self.shards != 1)}"
         if self.done:
             text += f" ({self.done} made before)"
         if not self.lost:

@@ -103,7 +103,7 @@ def build(
     if dry_run:
         found = plan(source, wanted)
         samples, shards = sum(chunk.samples for chunk in found.chunks), len(found.chunks)
-        text = f"{source}: {found.kind}, {found.note}; {samples} samples, {shards} shards in {out}; nothing is written"
+        text = f"{source}: {found.kind}, {found.note}; {samples} samples for {shards} shards in {out}; nothing is written"
         options.show({"format": found.kind, "count": samples, "shards": shards}, as_json, text)
         return
     report = make(source, out, wanted, processes)

@@ -166,7 +166,7 @@ class Downloader:
         length = response.headers.get("Content-Length", "")
         content = bytearray()
         too_many = length.isdecimal() and (len(length) > _DIGITS or int(length) > limit)
-        while not too_many and (piece := response.read(_CHUNK)):
+        while not too_many and (piece := response.read1(_CHUNK)):
             content += piece
             too_many = len(content) > limit
             if time.monotonic() > deadline:

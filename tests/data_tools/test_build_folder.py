@@ -143,7 +143,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
     result = build(source, tmp_path / "out", "--max-bytes", 20_000)
     assert result.exit_code == 1
     assert (
-        "10 samples in 1 shards; 8 of 18 left out" in result.output
+        "10 samples in 1 shard; 8 of 18 left out" in result.output
         and "the first: blank.jpg: caption: empty" in result.output
     )
     failed = {
@@ -232,7 +232,7 @@ def test_an_output_begun_otherwise_is_refused(tmp_path: Path) -> None:
 
 def test_a_dry_run_counts_and_writes_nothing(tmp_path: Path) -> None:
     result = build(folder(tmp_path / "in", 25), tmp_path / "out", "--dry-run", "--shard-size", 10)
-    assert "25 samples, 3 shards" in result.output and not (tmp_path / "out").exists()
+    assert "25 samples for 3 shards" in result.output and not (tmp_path / "out").exists()
     result = build(tmp_path / "in", tmp_path / "out", "--dry-run", "--shard-size", 10, "--json")
     assert json.loads(result.stdout) == {"format": "folder", "count": 25, "shards": 3}
 
