@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections import Counter, deque
@@ -16,7 +17,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -86,6 +90,7 @@ def make_shard(job: ShardJob) -> dict[str, Any]:
     Raises:
         DataError: the source changed or is damaged, or the folder cannot be written.
     """
+    _end_with_parent()
     start = time.time()
     job.tar.unlink(missing_ok=True)
     rows: list[dict[str, Any]] = []
@@ -119,6 +124,20 @@ def make_shard(job: ShardJob) -> dict[str, Any]:
     with atomic_file(job.stats) as file:
         file.write(json.dumps(stats, indent=4).encode())
     return stats
+
+
+@cache
+def _end_with_parent() -> None:
+    """A worker whose main process was killed would go on with the shards in its queue, beside those of the next call."""
+    parent = parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def first_loss(job: ShardJob) -> str | None:

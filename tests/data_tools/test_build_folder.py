@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 import pytest
 import webdataset
 from PIL import Image
@@ -200,12 +201,14 @@ def test_a_killed_build_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None
     source = folder(tmp_path / "in", 600)
     options = ("--shard-size", 20, "--resize-mode", "border", "--image-size", 400)
     call = [sys.executable, "-c", "from data_tools.cli import data; data()", "build", source, tmp_path / "out", *options]
-    job = subprocess.Popen([*map(str, call), "--processes", "1"], cwd=Path(__file__).parents[2])
+    job = subprocess.Popen([*map(str, call), "--processes", "2"], cwd=Path(__file__).parents[2])
     limit = time.monotonic() + 30
     while len(list((tmp_path / "out").glob("*_stats.json"))) < 3 and time.monotonic() < limit:
         time.sleep(0.005)
+    workers = psutil.Process(job.pid).children(recursive=True)
     job.kill()
     assert job.wait() == -signal.SIGKILL
+    assert len(workers) >= 2 and not psutil.wait_procs(workers, timeout=10)[1]  # nobody goes on writing
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*_stats.json")}
     assert 3 <= len(done) < 30
     (tmp_path / "out/.00007.tar.1.tmp").write_bytes(b"left by the killed one")
