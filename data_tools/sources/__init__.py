@@ -1,0 +1,1 @@
+"""What `megamoe data build` makes shards from: folders of pictures, tables, lists of URLs."""
