@@ -41,9 +41,8 @@ def main() -> None:
             folder, "data", "synth", "shards", "--samples", "256", "--seed", "0", "--level", "3", "--image-size", "224"
         )
         _megamoe(folder, "data", "tokenizer", "shards/train", "tokenizer", "--vocab-size", "400")
-        print(
-            "| recompute | peak of each rank (GB) | predicted (GB) | step (s) | over none |\n| --- | --- | --- | --- | --- |"
-        )
+        print("| recompute | peak of each rank (GB) | predicted (GB) | step (s) | over none |")
+        print("| --- | --- | --- | --- | --- |")
         first = None
         for choice in CHOICES:
             settings = [*SMALLER, f"train.steps={arguments.steps}", *arguments.overrides]

@@ -9,7 +9,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-from megamoe.data.decode import MAX_PIXELS, CorruptSample, _rgb, decode_image
+from megamoe.data.decode import MAX_PIXELS, CorruptSample, to_rgb, decode_image
 
 _CHECKED_AT = 32  # pixels; every byte is decoded all the same, only the result is small
 _FILTER = Image.Resampling.BICUBIC
@@ -45,7 +45,7 @@ def make_picture(data: bytes, resize_mode: str, image_size: int, quality: int) -
             if resize_mode == "no":
                 return Picture(data, _EXTENSIONS[str(image.format)], *original, *original)
             image.load()
-            resized = _resize(_rgb(ImageOps.exif_transpose(image)), resize_mode, image_size)
+            resized = _resize(to_rgb(ImageOps.exif_transpose(image)), resize_mode, image_size)
     except (OSError, ValueError, SyntaxError) as error:  # what Pillow alone finds wrong
         raise CorruptSample(f"image: {' '.join(str(error).split())}") from error
     return Picture(_encode(resized, quality), "jpg", *resized.size, *original)

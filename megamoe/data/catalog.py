@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from megamoe.data.decode import CorruptSample
 from megamoe.data.index import SampleEntry, ShardIndex, learn_index, read_index
+from megamoe.data.remote import ShardUnavailable
 from megamoe.data.shards import is_remote, shard_labels
 from megamoe.data.split import held_out, key_hash
 from megamoe.data.storage import Storage
@@ -151,6 +152,8 @@ class Catalog:
         return index, kept
 
     def _bad(self, shard: str, error: DataError) -> BadShard:
+        if not isinstance(error, ShardUnavailable):
+            self._storage.forget(shard)  # a page of HTML in place of a tar must not stay in the cache
         known = self._loaded.get(shard)
         count = -1 if known is None else known[0].samples if known[1] is None else len(known[1])
         return BadShard(str(error), shard, count)

@@ -120,10 +120,11 @@ def _pillow(data: bytes, kind: str, size: int) -> Image.Image:
     with Image.open(io.BytesIO(data), formats=[kind]) as image:
         _check_pixels(*image.size)
         image.load()
-        return _resize(_rgb(ImageOps.exif_transpose(image)), size)
+        return _resize(to_rgb(ImageOps.exif_transpose(image)), size)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An RGB picture of any mode that Pillow decodes; what is transparent is laid on white."""
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion differs between versions
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

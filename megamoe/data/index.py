@@ -28,6 +28,7 @@ from filelock import FileLock
 from megamoe.data.files import atomic_file
 from megamoe.data.shards import is_remote
 from megamoe.data.tar import Member, open_for_walk, walk
+from megamoe.data.urls import masked
 from megamoe.errors import DataError
 
 FORMAT = 2
@@ -131,7 +132,7 @@ def build_index(shard: str | Path, state: ShardState | None = None) -> ShardInde
     path = state.path if state else Path(shard)
     file, before = open_for_walk(path)
     with file:
-        for key, members in groups(walk(str(shard), file, before.st_size)):
+        for key, members in groups(walk(masked(str(shard)), file, before.st_size)):
             if key in seen:
                 duplicates.append(key)
                 continue
@@ -148,10 +149,10 @@ def build_index(shard: str | Path, state: ShardState | None = None) -> ShardInde
             keys.append(key.encode("utf-8"))
         after = os.fstat(file.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise DataError(f"shard {shard}: changed while it was read; wait until it is written")
+        raise DataError(f"shard {masked(str(shard))}: changed while it was read; wait until it is written")
     if not rows:
         why = f"its first group {incomplete[0][0]!r} has {incomplete[0][1]}" if incomplete else "the tar is empty"
-        raise DataError(f"shard {shard}: no samples ({why}); a sample is KEY.jpg with KEY.txt, one after the other")
+        raise DataError(f"shard {masked(str(shard))}: no samples ({why}); a sample is KEY.jpg with KEY.txt, one after the other")
     identity = state.identity if state else ""
     mtime_ns = 0 if identity else before.st_mtime_ns
     header = IndexHeader(

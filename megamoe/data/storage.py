@@ -16,6 +16,7 @@ from megamoe.data.index import ShardState
 from megamoe.data.remote import ShardUnavailable
 from megamoe.data.shards import is_remote
 from megamoe.data.tar import BLOCK, checksum_is_right, header_size
+from megamoe.data.urls import masked
 from megamoe.errors import DataError
 
 
@@ -59,17 +60,17 @@ class Storage:
                 piece = os.pread(file, want, start)
                 if not piece:
                     raise DataError(
-                        f"shard {shard}: ends at byte {start}, within the member at byte {offset}; copy it again"
+                        f"shard {masked(shard)}: ends at byte {start}, within the member at byte {offset}; copy it again"
                     )
                 pieces.append(piece)
                 start += len(piece)
                 want -= len(piece)
         except OSError as error:
-            raise ShardUnavailable(f"shard {shard}: cannot be read at byte {offset} ({error.strerror})") from error
+            raise ShardUnavailable(f"shard {masked(shard)}: cannot be read at byte {offset} ({error.strerror})") from error
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         if not _describes(data[:BLOCK], size):
             raise DataError(
-                f"shard {shard}: changed at byte {offset} since it was indexed; run `megamoe data index {shard}`"
+                f"shard {masked(shard)}: changed at byte {offset} since it was indexed; run `megamoe data index {shard}`"
             )
         return data[BLOCK:]
 
@@ -80,6 +81,13 @@ class Storage:
             ShardUnavailable: it cannot be had.
         """
         return self._opened(shard).state
+
+    def forget(self, shard: str) -> None:
+        """Drop what the cache has of ``shard``: its bytes are no good, and the next one who asks should not get them."""
+        if is_remote(shard) and self._cache is not None:
+            self._cache.forget(shard)
+        if shard in self._open:
+            os.close(self._open.pop(shard).descriptor)
 
     def close(self) -> None:
         """Close all files; the next read opens them again."""
@@ -98,7 +106,7 @@ class Storage:
     def _open_shard(self, shard: str) -> _OpenShard:
         if is_remote(shard):
             if self._cache is None:
-                raise DataError(f"shard {shard}: is not a local file, and no cache was given to keep it in")
+                raise DataError(f"shard {masked(shard)}: is not a local file, and no cache was given to keep it in")
             file, fetched = self._cache.open(shard)
             with file:
                 descriptor = os.dup(file.fileno())
@@ -109,7 +117,7 @@ class Storage:
         try:
             descriptor = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise ShardUnavailable(f"shard {shard}: cannot be opened ({error.strerror}); check the path") from error
+            raise ShardUnavailable(f"shard {masked(shard)}: cannot be opened ({error.strerror}); check the path") from error
         status = os.fstat(descriptor)
         return _OpenShard(descriptor, ShardState(Path(shard), status.st_size, status.st_mtime_ns, ""))
 
