@@ -52,6 +52,6 @@ def show(result: dict[str, Any], as_json: bool, text: str) -> None:
 
 def _use_config(context: click.Context, parameter: click.Parameter, path: str | None) -> None:
     if path is not None:
-        from data_tools.cluster import use_config
+        from data_tools.slurm import use_config
 
         use_config(Path(path))
