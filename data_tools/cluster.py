@@ -21,6 +21,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 _AHEAD = 4  # results kept per worker thread while an earlier job is not done
 _LOOK = 1.0  # seconds between looks at which workers there are
+_ANSWER = 10.0  # seconds for a running scheduler to answer
 _NO_WORKERS = 60.0  # seconds that a running scheduler may be without workers: one that restarts is back by then
 
 
@@ -33,8 +34,11 @@ def map_on_cluster(
         UserError: the cluster cannot be used.
         JobKilledWorkersError: every worker that took the next job died, more often than the scheduler allows.
     """
-    from distributed import KilledWorker
-    from distributed.client import FutureCancelledError
+    try:
+        from distributed import KilledWorker
+        from distributed.client import FutureCancelledError
+    except ImportError as error:
+        raise UserError(f"--cluster needs the package {error.name}: {PACKAGES}") from error
 
     with _connected(cluster, processes) as (client, workers):
         done: SimpleQueue[Any] = SimpleQueue()
@@ -99,11 +103,7 @@ class _Workers:
 
 @contextmanager
 def _connected(cluster: str, processes: int | None) -> Iterator[tuple[Any, _Workers]]:
-    try:
-        import dask
-        from distributed import Client
-    except ImportError as error:
-        raise UserError(f"--cluster needs the package {error.name}: {PACKAGES}") from error
+    from distributed import Client
 
     if cluster == "slurm":
         with slurm_workers(processes) as slurm, Client(slurm.cluster, set_as_default=False) as client:
@@ -114,8 +114,7 @@ def _connected(cluster: str, processes: int | None) -> Iterator[tuple[Any, _Work
     if processes is not None:
         raise UserError(f"--processes {processes}: {cluster} has the workers that it has; leave it out")
     try:
-        with dask.config.set({"distributed.comm.timeouts.connect": "10s"}):
-            client = Client(cluster, timeout=10, set_as_default=False)
+        client = Client(cluster, timeout=_ANSWER, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"--cluster {cluster}: no scheduler answers there; start one with `dask scheduler`, and check host and port"

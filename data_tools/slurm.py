@@ -137,7 +137,8 @@ def slurm_workers(processes: int | None) -> Iterator[SlurmWorkers]:
             cluster = SLURMCluster(
                 job_cls=Submission,  # type: ignore[arg-type]  # its annotation names an instance
                 processes=per_job,
-                scheduler_options={"dashboard": False} | settings["scheduler-options"],
+                # the pages of a scheduler have no password: for this machine only
+                scheduler_options={"dashboard": False, "dashboard_address": "127.0.0.1:0"} | settings["scheduler-options"],
                 security=True,
                 shared_temp_directory=settings["shared-temp-directory"] or os.getcwd(),
                 worker_extra_args=["--no-dashboard", *settings["worker-extra-args"]],
