@@ -1,18 +1,19 @@
-"""The same function over many shards, in a pool of processes."""
+"""The same function over many shards, in processes of this machine or on many machines."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing import get_context
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing
 from typing import TypeVar
 
 from tqdm import tqdm
+
+from data_tools.pool import JobKilledWorkersError, WorkerPool
+from megamoe.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -26,47 +27,67 @@ def map_jobs(
     label: str,
     unit: str = "shard",
     processes: int | None = None,
+    cluster: str | None = None,
 ) -> Iterator[tuple[Job, Result]]:
     """Yield ``(job, function(job))`` in the order of ``jobs``, with progress and ETA on stderr.
 
     ``function`` and its jobs are sent to other processes, so they must be importable and picklable. A long list costs
-    no memory: only a few jobs per process are under way.
+    no memory: only a few jobs per process are under way. When a worker dies, its job is done again, so doing a job
+    twice must come to the same as doing it once.
 
     Args:
-        function: what to do; an error in it ends the whole map and is raised here.
+        function: what to do; an error in it ends the whole map and is raised here, with a note that names the job.
         jobs: what to do it to.
         label: what the progress bar says.
-        unit: what a job is, for the progress bar.
+        unit: what a job is, for the progress bar and for errors.
         processes: processes on this machine; default one per core that this process may use. 1: no other process.
+            With ``cluster="slurm"``: worker processes in the cluster, which has no default.
+        cluster: ``tcp://HOST:PORT`` (or ``tls://``) of a running Dask scheduler, or ``slurm`` to start workers as SLURM
+            jobs. Default: this machine.
+
+    Raises:
+        UserError: the cluster cannot be used, or a job kills every worker that takes it.
     """
+    results = _results(function, jobs, processes, cluster)
+    with closing(results), tqdm(total=len(jobs), desc=label, unit=unit, file=sys.stderr, disable=None) as bar:
+        for job in jobs:
+            try:
+                result = next(results)
+            except JobKilledWorkersError as error:
+                raise UserError(
+                    f"{unit} {_name(job)}: {error}; give it more memory (fewer --processes) or leave it out"
+                ) from error
+            except Exception as error:
+                error.add_note(f"This was {label}, {unit} {_name(job)}")
+                raise
+            yield job, result
+            bar.update()
+
+
+def _results(
+    function: Callable[[Job], Result], jobs: Sequence[Job], processes: int | None, cluster: str | None
+) -> Generator[Result, None, None]:
+    if cluster is not None and jobs:
+        from data_tools.cluster import map_on_cluster
+
+        return map_on_cluster(function, jobs, cluster, processes)
     count = min(processes or len(os.sched_getaffinity(0)), len(jobs))
-    with tqdm(total=len(jobs), desc=label, unit=unit, file=sys.stderr, disable=None) as bar:
-        if count <= 1:
-            for job in jobs:
-                yield job, function(job)
-                bar.update()
-            return
-        with _pool(count) as pool:
-            under_way: deque[tuple[Job, Future[Result]]] = deque()
-            for job in jobs:
-                under_way.append((job, pool.submit(function, job)))
-                if len(under_way) >= _AHEAD * count:
-                    first, future = under_way.popleft()
-                    yield first, future.result()
-                    bar.update()
-            while under_way:
-                first, future = under_way.popleft()
-                yield first, future.result()
-                bar.update()
+    return (function(job) for job in jobs) if count <= 1 else _map_in_pool(function, jobs, count)
 
 
-@contextmanager
-def _pool(processes: int) -> Iterator[Executor]:
-    # "forkserver": a fork of this process could inherit a lock that another thread holds
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("forkserver"))
-    try:
-        yield pool
-    except BrokenProcessPool as error:
-        raise RuntimeError("a worker process died; if it was killed for memory, use fewer with --processes") from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _map_in_pool(function: Callable[[Job], Result], jobs: Sequence[Job], count: int) -> Generator[Result, None, None]:
+    with closing(WorkerPool(count)) as pool:
+        under_way: deque[Future[Result]] = deque()
+        for job in jobs:
+            under_way.append(pool.submit(function, job))
+            if len(under_way) >= _AHEAD * count:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+
+def _name(job: object) -> str:
+    """A job in one short line: itself if it is a name, else the first path or name in it."""
+    parts = job if isinstance(job, tuple) else (job,)
+    name = next((str(part) for part in parts if isinstance(part, str | os.PathLike)), repr(job))
+    return name if len(name) <= 300 else f"{name[:300]}..."

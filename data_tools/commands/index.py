@@ -6,37 +6,60 @@ from pathlib import Path
 
 import click
 
-from data_tools.commands.options import FOLDER
+from data_tools.commands.options import FOLDER, as_json, cluster, dry_run, processes, show
 
 
 @click.command()
 @click.argument("shards")
 @click.option("--out", type=FOLDER, help="Folder for the indexes. Default: beside each shard.")
-def index(shards: str, out: Path | None) -> None:
-    """Read each tar of SHARDS once, check that it is whole, and write where its samples lie."""
+@click.option("--force", is_flag=True, help="Read all shards again, also those whose index is current.")
+@processes
+@cluster
+@dry_run
+@as_json
+def index(
+    shards: str,
+    out: Path | None,
+    force: bool,
+    processes: int | None,
+    cluster: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Read each tar of SHARDS once, check that it is whole, and write where its samples lie.
+
+    Shards whose index is current are skipped, so after an interruption the same command does the rest.
+    """
     import sys
+    from dataclasses import asdict
 
     from tqdm import tqdm
 
-    from megamoe.data.index import build_index, index_path, write_index
+    from data_tools.index import current_index, index_shards
     from megamoe.data.shards import expand_shards
     from megamoe.errors import DataError
 
     paths = expand_shards([shards])
-    unusable = samples = 0
-    with tqdm(paths, desc="index", unit="shard", file=sys.stderr, disable=None) as bar:
-        for shard in bar:
-            try:
-                made = build_index(shard)
-                write_index(made, index_path(shard, out))
-            except DataError as error:
-                unusable += 1
-                bar.write(str(error), file=sys.stderr)
-                continue
-            samples += made.samples
-            problems = [f"{key}: {why}" for key, why in made.incomplete] + [f"{key}: twice" for key in made.duplicates]
-            if problems:
-                bar.write(f"shard {shard}: {len(problems)} samples left out ({'; '.join(problems)})", file=sys.stderr)
-    if unusable:
-        raise DataError(f"{unusable} of {len(paths)} shards cannot be used; see the lines above")
-    click.echo(f"{len(paths)} shards, {samples} samples")
+    if dry_run:
+        skipped = 0 if force else sum(current_index(path, out) is not None for path in paths)
+        where = "beside them" if out is None else f"in {out}"
+        plan = {"shards": len(paths), "skipped": skipped, "dry_run": True}
+        show(
+            plan, as_json, f"{len(paths) - skipped} of {len(paths)} shards would be read and their indexes written {where}"
+        )
+        return
+    totals = index_shards(
+        paths,
+        out,
+        say=lambda line: tqdm.write(line, file=sys.stderr),
+        force=force,
+        processes=processes,
+        cluster=cluster,
+    )
+    text = f"{totals.shards} shards, {totals.samples} samples"
+    if totals.skipped:
+        text += f" ({totals.skipped} shards skipped: their index is current)"
+    if as_json or not totals.unusable:
+        show(asdict(totals), as_json, text)
+    if totals.unusable:
+        raise DataError(f"{len(totals.unusable)} of {len(paths)} shards cannot be used; see the lines above")

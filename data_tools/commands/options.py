@@ -3,21 +3,55 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 processes = click.option(
-    "--processes", type=click.IntRange(min=1), help="Processes on this machine.  [default: one per core]"
+    "--processes",
+    type=click.IntRange(min=1),
+    help="Processes on this machine (with --cluster slurm: on all machines).  [default: one per core]",
 )
 dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 
 
+def cluster(command: Command) -> Command:
+    """``--cluster`` (the parameter ``cluster`` of ``map_jobs``) and ``--cluster-config``, which only it needs."""
+    for option in (
+        click.option(
+            "--cluster-config",
+            type=click.Path(exists=True, dir_okay=False, readable=True),
+            metavar="FILE",
+            expose_value=False,
+            callback=_use_config,
+            help="Settings of --cluster slurm as YAML: jobqueue: slurm: {cores, memory, queue, account, walltime, "
+            "interface, ...}, as in ~/.config/dask/jobqueue.yaml.",
+        ),
+        click.option(
+            "--cluster",
+            metavar="ADDRESS|slurm",
+            help="Work on many machines: tcp://HOST:PORT of a running Dask scheduler, or slurm, which starts workers as "
+            "SLURM jobs and ends them with the command. The folders must be the same on all machines.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def show(result: dict[str, Any], as_json: bool, text: str) -> None:
     """Print ``result`` as JSON, or ``text`` for people."""
     click.echo(json.dumps(result) if as_json else text)
+
+
+def _use_config(context: click.Context, parameter: click.Parameter, path: str | None) -> None:
+    if path is not None:
+        from data_tools.slurm import use_config
+
+        use_config(Path(path))

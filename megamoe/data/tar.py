@@ -7,7 +7,7 @@ Formats: v7, ustar, GNU long names, pax (POSIX.1-2001), as ``tar``, Python and `
 from __future__ import annotations
 
 import os
-import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -16,6 +16,7 @@ from megamoe.errors import DataError
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
+_NO_RECORDS: dict[str, str] = {}
 _BUFFER = 1 << 20
 _MAX_EXTENDED = 1 << 20  # a long name or pax record of more than this is damage, not a name
 _HAS_NO_DATA = frozenset(b"123456")  # links, devices, folders, fifos: their size field does not count
@@ -47,7 +48,7 @@ def walk(path: str, file: BinaryIO, length: int) -> Iterator[Member]:
             raise DataError(_bad_header(path, at, header))
         kind = header[156]
         data = at + BLOCK
-        attributes = inherited | own
+        attributes = inherited | own if inherited or own else _NO_RECORDS
         size = _size(header, attributes, path, at)
         if kind in b"xgLK":
             if size > _MAX_EXTENDED:
@@ -61,7 +62,7 @@ def walk(path: str, file: BinaryIO, length: int) -> Iterator[Member]:
                 inherited |= _pax(payload, path, at)
             at = data + _padded(size)
             continue
-        if kind == ord("S") or any(record.startswith("GNU.sparse") for record in attributes):
+        if kind == ord("S") or (attributes and any(record.startswith("GNU.sparse") for record in attributes)):
             raise DataError(f"shard {path}: sparse file at byte {at}; write the shard again without --sparse")
         own = {}
         if kind in _HAS_NO_DATA:
@@ -73,7 +74,6 @@ def walk(path: str, file: BinaryIO, length: int) -> Iterator[Member]:
         name = attributes.get("path") or _name(header)
         if not name.endswith("/"):  # v7 marks folders that way
             yield Member(name, data, size)
-        file.seek(at)
 
 
 def checksum_is_right(header: bytes) -> bool:
@@ -83,7 +83,7 @@ def checksum_is_right(header: bytes) -> bool:
     except ValueError:
         return False
     rest = header[:148] + header[156:]
-    unsigned = sum(rest) + 8 * 32
+    unsigned = _byte_sum(rest) + 8 * 32
     return recorded == unsigned or recorded == unsigned - 256 * sum(byte > 127 for byte in rest)
 
 
@@ -94,6 +94,15 @@ def header_size(header: bytes) -> int:
         ValueError: it is not a number.
     """
     return _number(header[124:136])
+
+
+def _byte_sum(data: bytes) -> int:
+    """The sum of at most 512 bytes."""
+    if data.count(0) < BLOCK // 2:
+        return sum(data)
+    # The low half of Adler-32 is 1 + the sum modulo 65521. Of a header that is half zeros, as most are, the sum is less
+    # than that: 256 * 255 at most. It is ten times as fast.
+    return (zlib.adler32(data) & 0xFFFF) - 1
 
 
 def _read(file: BinaryIO, path: str, at: int, size: int, length: int) -> bytes:
@@ -146,15 +155,15 @@ def _number(field: bytes) -> int:
     digits = field.split(b"\0", 1)[0].strip()
     if not digits:
         return 0
-    if not re.fullmatch(rb"[0-7]+", digits):
+    if digits.translate(None, b"01234567"):
         raise ValueError("not an octal number")
     return int(digits, 8)
 
 
 def _name(header: bytes) -> str:
     name = _text(header[:100])
-    if header[257:263] == b"ustar\0" and (prefix := _text(header[345:500])):
-        return f"{prefix}/{name}"
+    if header[345] and header[257:263] == b"ustar\0":
+        return f"{_text(header[345:500])}/{name}"
     return name
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamoe.data.index import build_index
-from megamoe.data.tar import Member, open_for_walk, walk
+from megamoe.data.tar import Member, checksum_is_right, open_for_walk, walk
 from megamoe.errors import DataError
 from tests.data.shard_factory import sample, write_tar
 
@@ -180,3 +180,11 @@ def test_sparse_members_are_refused(tmp_path: Path) -> None:
     path.write_bytes(info.tobuf() + bytes(1024))
     with pytest.raises(DataError, match="sparse file at byte 0"):
         build_index(path)
+
+
+@given(st.one_of(st.binary(min_size=512, max_size=512), st.binary(max_size=300).map(lambda data: data.ljust(512, b"\0"))))
+def test_the_checksum_is_the_plain_sum_for_any_header(header: bytes) -> None:
+    total = sum(header[:148]) + 8 * 32 + sum(header[156:])
+    for off, right in ((0, True), (1, False), (-1, False), (65521, False)):
+        field = b"%06o\0 " % (total + off)
+        assert checksum_is_right(header[:148] + field + header[156:]) is right

@@ -1,0 +1,127 @@
+"""The same function over many machines: on the workers of a Dask scheduler, or on workers started as SLURM jobs.
+
+Why Dask: docs/decisions/0007-cluster-engine.md.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+from data_tools.pool import JobKilledWorkersError
+from data_tools.slurm import PACKAGES, SlurmWorkers, slurm_workers
+from megamoe.errors import UserError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+_AHEAD = 4  # results kept per worker thread while an earlier job is not done
+_LOOK = 1.0  # seconds between looks at which workers there are
+_ANSWER = 10.0  # seconds for a running scheduler to answer
+_NO_WORKERS = 60.0  # seconds that a running scheduler may be without workers: one that restarts is back by then
+
+
+def map_on_cluster(
+    function: Callable[[Job], Result], jobs: Sequence[Job], cluster: str, processes: int | None
+) -> Generator[Result, None, None]:
+    """Yield the results in the order of ``jobs``; see :func:`data_tools.jobs.map_jobs`.
+
+    Raises:
+        UserError: the cluster cannot be used.
+        JobKilledWorkersError: every worker that took the next job died, more often than the scheduler allows.
+    """
+    try:
+        from distributed import KilledWorker
+        from distributed.client import FutureCancelledError
+    except ImportError as error:
+        raise UserError(f"--cluster needs the package {error.name}: {PACKAGES}") from error
+
+    with _connected(cluster, processes) as (client, workers):
+        done: SimpleQueue[Any] = SimpleQueue()
+        under_way: deque[Any] = deque()
+        running = submitted = 0
+        try:
+            while submitted < len(jobs) or under_way:
+                # as many as there are threads: a worker that dies is counted against the jobs that it ran, no others
+                while submitted < len(jobs) and running < workers.threads and len(under_way) < _AHEAD * workers.threads:
+                    # partial: Dask would look for its own objects inside of an argument
+                    future = client.submit(partial(function, jobs[submitted]), pure=False)
+                    future.add_done_callback(done.put)
+                    under_way.append(future)
+                    running, submitted = running + 1, submitted + 1
+                if under_way and under_way[0].done():
+                    yield under_way.popleft().result()
+                    continue
+                workers.look()
+                with suppress(Empty):
+                    done.get(timeout=_LOOK)
+                    running -= 1
+        except KilledWorker as error:
+            raise JobKilledWorkersError(
+                f"{error.allowed_failures + 1} workers of --cluster {cluster} died one after the other doing it"
+            ) from error
+        except FutureCancelledError as error:
+            raise _gone(cluster) from error
+
+
+class _Workers:
+    """How many threads work for us now, and whether it makes sense to wait for more."""
+
+    def __init__(self, client: Any, cluster: str, slurm: SlurmWorkers | None = None) -> None:
+        self.threads = 0
+        self._client, self._cluster, self._slurm = client, cluster, slurm
+        self._seen = time.monotonic()
+        self._next_look = 0.0
+
+    def look(self) -> None:
+        """Count the threads, once a second.
+
+        Raises:
+            UserError: SLURM refused the workers, the scheduler went away, or it has had no workers for a minute.
+        """
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _LOOK
+        try:
+            workers = self._client.scheduler_info()["workers"].values()
+        except OSError as error:
+            raise _gone(self._cluster) from error
+        self.threads = sum(worker["nthreads"] for worker in workers)
+        if self._slurm is not None:
+            self._slurm.look({worker["name"] for worker in workers})
+        elif self.threads:
+            self._seen = time.monotonic()
+        elif time.monotonic() - self._seen > _NO_WORKERS:
+            raise UserError(
+                f"--cluster {self._cluster}: the scheduler has no workers; start some with `dask worker {self._cluster}`"
+            )
+
+
+@contextmanager
+def _connected(cluster: str, processes: int | None) -> Iterator[tuple[Any, _Workers]]:
+    from distributed import Client
+
+    if cluster == "slurm":
+        with slurm_workers(processes) as slurm, Client(slurm.cluster, set_as_default=False) as client:
+            yield client, _Workers(client, cluster, slurm)
+        return
+    if not cluster.startswith(("tcp://", "tls://")):
+        raise UserError(f"--cluster {cluster}: no such cluster; give tcp://HOST:PORT of a running scheduler, or slurm")
+    if processes is not None:
+        raise UserError(f"--processes {processes}: {cluster} has the workers that it has; leave it out")
+    try:
+        client = Client(cluster, timeout=_ANSWER, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--cluster {cluster}: no scheduler answers there; start one with `dask scheduler`, and check host and port"
+        ) from error
+    with client:
+        yield client, _Workers(client, cluster)
+
+
+def _gone(cluster: str) -> UserError:
+    return UserError(f"--cluster {cluster}: the scheduler went away; start it and run the same again")

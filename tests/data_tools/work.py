@@ -1,0 +1,82 @@
+"""Jobs for tests of map_jobs: what worker processes import; run as a program, a verb of `megamoe data` that takes long."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+
+def square(n: int) -> int:
+    return n * n
+
+
+def square_by(n: int) -> tuple[int, int]:
+    """The process too, and slowly enough that every worker gets some."""
+    time.sleep(0.02)
+    return n * n, os.getpid()
+
+
+def die_once(job: tuple[int, Path]) -> int:
+    """The job that finds the file of its number there is killed while it works, the first time."""
+    n, folder = job
+    trap = folder / str(n)
+    if trap.exists():
+        trap.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return n * n
+
+
+def die_at_7(n: int) -> int:
+    time.sleep(0.02)
+    if n == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return n
+
+
+def fail_at_3(n: int) -> int:
+    if n == 3:
+        raise ValueError("not a number that I like")
+    return n
+
+
+class TwoPartError(Exception):
+    """An error that pickle cannot make again."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what}: {why}")
+
+
+def fail_oddly(n: int) -> int:
+    raise TwoPartError("number", str(n))
+
+
+def write_slowly(folder: Path) -> None:
+    """Holds an unfinished file for a minute."""
+    from megamoe.data.files import atomic_file
+
+    with atomic_file(folder / f"made-{os.getpid()}") as file:
+        file.write(b"x")
+        file.flush()
+        (folder / f"started-{os.getpid()}").touch()
+        time.sleep(60)
+
+
+def main(folder: Path) -> None:
+    from data_tools.cli import data
+    from data_tools.jobs import map_jobs
+    from megamoe.cli import main as megamoe
+
+    @data.command()
+    def slow() -> None:
+        for _ in map_jobs(write_slowly, [folder] * 9, label="slow", unit="folder", processes=2):
+            pass
+
+    megamoe(["data", "slow"])
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(Path(sys.argv[1]))
