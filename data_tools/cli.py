@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from data_tools.commands.filter import filter_
 from data_tools.commands.index import index
 from data_tools.commands.synth import synth
 from data_tools.commands.tokenizer import tokenizer
@@ -14,5 +15,5 @@ def data() -> None:
     """Make, check and keep image-text shards."""
 
 
-for command in (synth, tokenizer, index):
+for command in (synth, tokenizer, index, filter_):
     data.add_command(command)
