@@ -6,6 +6,7 @@ import click
 
 from data_tools.commands.filter import filter_
 from data_tools.commands.index import index
+from data_tools.commands.split import split
 from data_tools.commands.synth import synth
 from data_tools.commands.tokenizer import tokenizer
 
@@ -15,5 +16,5 @@ def data() -> None:
     """Make, check and keep image-text shards."""
 
 
-for command in (synth, tokenizer, index, filter_):
+for command in (synth, tokenizer, index, filter_, split):
     data.add_command(command)
