@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from data_tools.commands.dedup import dedup
 from data_tools.commands.filter import filter_
 from data_tools.commands.index import index
 from data_tools.commands.split import split
@@ -16,5 +17,5 @@ def data() -> None:
     """Make, check and keep image-text shards."""
 
 
-for command in (synth, tokenizer, index, filter_, split):
+for command in (synth, tokenizer, index, filter_, dedup, split):
     data.add_command(command)

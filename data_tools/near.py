@@ -8,10 +8,13 @@ band: with D = 4 a band has 12 or 13 bits, with D = 8 only 7, so a large distanc
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
 
 _BITS = 64
+_CHUNK = 1 << 20  # pairs that are Python integers at a time
 Indices = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
@@ -43,9 +46,8 @@ def _pairs(hashes: Hashes, distance: int) -> tuple[Indices, Indices]:
     """All (i, j), i < j, of distinct ``hashes`` that differ in at most ``distance`` bits, by j and then i."""
     found: list[npt.NDArray[np.uint64]] = [np.empty(0, dtype=np.uint64)]
     edges = [_BITS * band // (distance + 1) for band in range(distance + 2)]
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
-        if distance:
-            found.append(_pairs_in_band(hashes, low, high, distance))
+    for low, high in pairwise(edges):
+        found.append(_pairs_in_band(hashes, low, high, distance))
     # one number per pair: sorted by the later one, pairs that agree in several bands once
     joined = np.unique(np.concatenate(found))
     return (joined & np.uint64(0xFFFFFFFF)).astype(np.int64), (joined >> np.uint64(32)).astype(np.int64)
@@ -75,7 +77,9 @@ def _pairs_in_band(hashes: Hashes, low: int, high: int, distance: int) -> npt.ND
 def _resolve(size: int, earlier: Indices, later: Indices, always_kept: int) -> Indices:
     """The first kept partner of each, -1 for those that are kept themselves. Pairs are sorted by ``later``."""
     partner: list[int] = [-1] * size
-    for i, j in zip(earlier.tolist(), later.tolist(), strict=True):
-        if j >= always_kept and partner[i] < 0 and partner[j] < 0:
-            partner[j] = i
+    for start in range(0, len(later), _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        for i, j in zip(earlier[chunk].tolist(), later[chunk].tolist(), strict=True):
+            if j >= always_kept and partner[i] < 0 and partner[j] < 0:
+                partner[j] = i
     return np.asarray(partner, dtype=np.int64)
