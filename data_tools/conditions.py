@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from data_tools.records import Record
-from megamoe.data.decode import CorruptSample, decode_caption
-from megamoe.data.index import IMAGE_EXTENSIONS, TEXT_EXTENSIONS
+from data_tools.sample_parts import caption_of, picture_of
 from megamoe.errors import UserError
 
 _WHERE = re.compile(r"\s*([A-Za-z_][\w.-]*)\s*(>=|<=|==|!=|>|<)\s*(\S+)\s*")
@@ -38,7 +37,7 @@ class Where(NamedTuple):
     number: float
 
     def __str__(self) -> str:
-        return f"{self.column}{self.operator}{self.number:g}"
+        return f"{self.column}{self.operator}{self.number:.15g}"
 
 
 def parse_where(text: str) -> Where:
@@ -107,10 +106,10 @@ class Conditions:
     def _picture_cause(self, record: Record) -> str | None:
         if self.min_size is None and self.max_size is None and self.max_aspect is None:
             return None
-        ext = next((ext for ext in record.members if ext in IMAGE_EXTENSIONS), None)
-        if ext is None:
+        picture = picture_of(record)
+        if picture is None:
             return "no_picture"
-        size = picture_size(record.members[ext])
+        size = picture_size(picture)
         if size is None:
             return "unreadable_picture"
         shorter, longer = sorted(size)
@@ -125,12 +124,8 @@ class Conditions:
     def _caption_cause(self, record: Record) -> str | None:
         if self.min_caption_length is None and self.max_caption_length is None and not self.languages:
             return None
-        ext = next((ext for ext in TEXT_EXTENSIONS if ext in record.members), None)
-        if ext is None:
-            return "no_caption"
-        try:
-            caption = decode_caption(record.members[ext], ext)
-        except CorruptSample:
+        caption = caption_of(record)
+        if caption is None:
             return "no_caption"
         if self.min_caption_length is not None and len(caption) < self.min_caption_length:
             return "caption_too_short"

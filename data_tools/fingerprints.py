@@ -14,9 +14,9 @@ import numpy.typing as npt
 from data_tools.account import Account, whole_records
 from data_tools.perceptual import perceptual_hash
 from data_tools.records import Record
-from megamoe.data.decode import CorruptSample, decode_caption
+from data_tools.sample_parts import caption_of, picture_of
+from megamoe.data.decode import CorruptSample
 from megamoe.data.files import atomic_file
-from megamoe.data.index import IMAGE_EXTENSIONS, TEXT_EXTENSIONS
 
 By = Literal["image", "image+caption", "near"]
 _WIDTH = {"image": 32, "image+caption": 32, "near": 8}
@@ -76,10 +76,9 @@ def load_keys(path: Path) -> list[str]:
 
 def _fingerprint(record: Record, by: By) -> bytes | None:
     """None: there is nothing to compare."""
-    ext = next((ext for ext in record.members if ext in IMAGE_EXTENSIONS), None)
-    if ext is None:
+    image = picture_of(record)
+    if image is None:
         return None
-    image = record.members[ext]
     if by == "near":
         try:
             value = perceptual_hash(image)
@@ -89,13 +88,5 @@ def _fingerprint(record: Record, by: By) -> bytes | None:
     digest = hashlib.sha256(image).digest()
     if by == "image":
         return digest
-    caption = _caption(record)
+    caption = caption_of(record)
     return None if caption is None else hashlib.sha256(digest + caption.encode("utf-8")).digest()
-
-
-def _caption(record: Record) -> str | None:
-    ext = next((ext for ext in TEXT_EXTENSIONS if ext in record.members), None)
-    try:
-        return None if ext is None else decode_caption(record.members[ext], ext)
-    except CorruptSample:
-        return None

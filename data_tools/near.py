@@ -75,11 +75,11 @@ def _pairs_in_band(hashes: Hashes, low: int, high: int, distance: int) -> npt.ND
 
 
 def _resolve(size: int, earlier: Indices, later: Indices, always_kept: int) -> Indices:
-    """The first kept partner of each, -1 for those that are kept themselves. Pairs are sorted by ``later``."""
+    """The first kept one before each that it is near to, -1 if there is none. Pairs are sorted by ``later``."""
     partner: list[int] = [-1] * size
     for start in range(0, len(later), _CHUNK):
         chunk = slice(start, start + _CHUNK)
         for i, j in zip(earlier[chunk].tolist(), later[chunk].tolist(), strict=True):
-            if j >= always_kept and partner[i] < 0 and partner[j] < 0:
+            if partner[j] < 0 and (i < always_kept or partner[i] < 0):
                 partner[j] = i
     return np.asarray(partner, dtype=np.int64)

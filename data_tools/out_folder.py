@@ -187,8 +187,8 @@ def _are_there(folder: Path, shards: dict[str, int]) -> bool:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove half-written shards of processes that are gone: a kill leaves them behind, and they can be large."""
-    for path in folder.glob(".*.tar.*.tmp"):
+    """Remove half-written files of processes that are gone: a kill leaves them behind, and they can be large."""
+    for path in folder.glob(".*.tmp"):
         process = path.name.split(".")[-2]
         if process.isdigit() and not Path("/proc", process).exists():
             path.unlink(missing_ok=True)

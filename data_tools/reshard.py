@@ -63,7 +63,8 @@ def reshard_shards(
     """Write all samples of the shards ``spec`` to ``out/00000.tar``, ``out/00001.tar``, ...
 
     A key that comes again within an output shard gets the first of ``<key>-2``, ``<key>-3``, ... that is free; such
-    samples are counted as renamed.
+    samples are counted as renamed. Only the name in the tar changes, not what a json may say of it; a later split by
+    keys sees the new one.
 
     Args:
         spec: the shards.
