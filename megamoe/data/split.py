@@ -1,24 +1,46 @@
-"""Which samples are held out: decided by the key alone, so that it stays when shards are re-cut, moved or renamed."""
+"""Which samples are held out: a rule on the key alone, so that the split stays when shards are cut anew.
+
+A key's hash is the first 8 bytes of its blake2b (RFC 7693, digest size 8), big-endian: an integer h of 0 to 2^64 - 1,
+the fraction h / 2^64 of the way. Shares are taken as the decimal numbers that they are written as, and parts are bounded by
+integers (``floor(sum of shares * 2^64)``), so no rounding decides where a sample goes.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
+_SPAN = 1 << 64
+
 
 def key_hash(key: str) -> int:
-    """A number in [0, 2^64) that depends on ``key`` only (BLAKE2b, 8 bytes, big-endian)."""
+    """The hash of ``key``, 0 to 2^64 - 1."""
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8"), digest_size=8).digest(), "big")
 
 
-def held_out(hashes: npt.NDArray[np.uint64], share: float) -> npt.NDArray[np.bool_]:
-    """For each key hash whether its sample is held out: those below ``share`` of the range, exactly.
+def bounds(shares: Sequence[Fraction]) -> list[int]:
+    """Where each part ends: a key is of the first part i with ``key_hash(key) < bounds[i]``.
 
-    A larger share holds out the same samples and more.
+    ``shares`` are those of the parts, in order; together 1.
     """
-    limit = int(share * 2**64)  # exact: a float times a power of two
-    if limit >= 2**64:
-        return np.ones(hashes.shape, dtype=np.bool_)
-    return hashes < np.uint64(limit)
+    assert sum(shares) == 1 and min(shares) >= 0
+    return [int(end * _SPAN) for end in accumulate(shares)]
+
+
+def held_out(hashes: npt.NDArray[np.uint64], share: float) -> npt.NDArray[np.bool_]:
+    """Which of ``hashes`` (n,) are held out when ``share`` of all keys is: those at the upper end.
+
+    The same samples as the second part of ``megamoe data split --shares <1 - share>,<share>``. A larger share holds out
+    all that a smaller one does.
+    """
+    assert hashes.dtype == np.uint64 and 0 <= share <= 1
+    exact = Fraction(repr(float(share)))  # 0.01 is a hundredth, not the binary number next to it
+    first = bounds([1 - exact, exact])[0]
+    if first == _SPAN:  # does not fit in 64 bits
+        return np.zeros(hashes.shape, dtype=np.bool_)
+    return hashes >= np.uint64(first)
