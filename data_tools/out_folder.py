@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from data_tools.account import Account
 from data_tools.jobs import map_jobs
 from megamoe.data.files import atomic_file
-from megamoe.data.shards import expand_shards, shard_labels
+from megamoe.data.shards import local_shards, shard_labels
 from megamoe.errors import DataError
 
 
@@ -45,9 +45,9 @@ def open_source(spec: str) -> Source:
     """The shards that ``spec`` names.
 
     Raises:
-        DataError: as for :func:`megamoe.data.shards.expand_shards`, or a shard cannot be read.
+        DataError: as for :func:`megamoe.data.shards.local_shards`, or a shard cannot be read.
     """
-    shards = expand_shards([spec])
+    shards = local_shards([spec])
     digest = hashlib.sha256()
     for shard in shards:
         try:
@@ -55,7 +55,7 @@ def open_source(spec: str) -> Source:
         except OSError as error:
             raise DataError(f"shard {shard}: cannot be read ({error.strerror}); check the path and its rights") from error
         digest.update(f"{os.path.realpath(shard)}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
-    return Source(shards, shard_labels(shards), digest.hexdigest())
+    return Source(shards, shard_labels([str(shard) for shard in shards]), digest.hexdigest())
 
 
 def output_names(source: Source) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-from megamoe.data.decode import MAX_PIXELS, CorruptSample, to_rgb, decode_image
+from megamoe.data.decode import MAX_PIXELS, CorruptSample, decode_image, to_rgb
 
 _CHECKED_AT = 32  # pixels; every byte is decoded all the same, only the result is small
 _FILTER = Image.Resampling.BICUBIC

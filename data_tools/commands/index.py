@@ -36,10 +36,10 @@ def index(
     from tqdm import tqdm
 
     from data_tools.index import current_index, index_shards
-    from megamoe.data.shards import expand_shards
+    from megamoe.data.shards import local_shards
     from megamoe.errors import DataError
 
-    paths = expand_shards([shards])
+    paths = local_shards([shards])
     if dry_run:
         skipped = 0 if force else sum(current_index(path, out) is not None for path in paths)
         where = "beside them" if out is None else f"in {out}"

@@ -90,7 +90,7 @@ def decode_caption(data: bytes, ext: str) -> str:
         text.encode("utf-8")  # JSON can spell half of a surrogate pair
     except UnicodeError as error:
         raise CorruptSample("caption: not UTF-8") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptSample("caption: no text under 'caption' in the JSON") from error
     if not text:
         raise CorruptSample("caption: empty")

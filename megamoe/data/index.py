@@ -129,10 +129,10 @@ def build_index(shard: str | Path, state: ShardState | None = None) -> ShardInde
     incomplete: list[tuple[str, str]] = []
     duplicates: list[str] = []
     seen: set[str] = set()
-    path = state.path if state else Path(shard)
+    path, name = state.path if state else Path(shard), masked(str(shard))
     file, before = open_for_walk(path)
     with file:
-        for key, members in groups(walk(masked(str(shard)), file, before.st_size)):
+        for key, members in groups(walk(name, file, before.st_size)):
             if key in seen:
                 duplicates.append(key)
                 continue
@@ -149,10 +149,10 @@ def build_index(shard: str | Path, state: ShardState | None = None) -> ShardInde
             keys.append(key.encode("utf-8"))
         after = os.fstat(file.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise DataError(f"shard {masked(str(shard))}: changed while it was read; wait until it is written")
+        raise DataError(f"shard {name}: changed while it was read; wait until it is written")
     if not rows:
         why = f"its first group {incomplete[0][0]!r} has {incomplete[0][1]}" if incomplete else "the tar is empty"
-        raise DataError(f"shard {masked(str(shard))}: no samples ({why}); a sample is KEY.jpg with KEY.txt, one after the other")
+        raise DataError(f"shard {name}: no samples ({why}); a sample is KEY.jpg with KEY.txt, one after the other")
     identity = state.identity if state else ""
     mtime_ns = 0 if identity else before.st_mtime_ns
     header = IndexHeader(
@@ -289,7 +289,7 @@ def _has_caption(file: BinaryIO, member: Member) -> bool:
     file.seek(member.offset)
     try:
         content = json.loads(file.read(member.size))
-    except ValueError:
+    except (ValueError, RecursionError):  # a stranger's JSON may be nested a thousand deep
         return False
     finally:
         file.seek(here)

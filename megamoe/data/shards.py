@@ -60,6 +60,18 @@ def expand_shards(specs: Sequence[str]) -> list[str]:
     return shards
 
 
+def local_shards(specs: Sequence[str]) -> list[Path]:
+    """As :func:`expand_shards`, for tools that read and write files of this machine.
+
+    Raises:
+        DataError: one is no local file.
+    """
+    shards = expand_shards(specs)
+    if remote := next((shard for shard in shards if is_remote(shard)), None):
+        raise DataError(f"shard {masked(remote)}: is not a local file, which this command needs; copy it first")
+    return [Path(shard) for shard in shards]
+
+
 def shard_labels(shards: Sequence[str]) -> list[str]:
     """The shards' names in sample ids (``<label>#<key>``).
 

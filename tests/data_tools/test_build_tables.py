@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from data_tools.sources.columns import Names
 from data_tools.sources.recognise import open_source
-from megamoe.data.index import build_index, ensure_indexes
+from megamoe.data.index import build_index, learn_index
 from megamoe.errors import DataError
 from tests.data.shard_factory import jpeg
 from tests.data_tools.build_kit import build, members, metadata, rows, stats
@@ -65,7 +65,8 @@ def test_every_row_becomes_a_sample_with_all_its_columns(tmp_path: Path, kind: s
 def test_a_folder_of_img2dataset_names_is_indexed_with_its_numeric_keys(tmp_path: Path) -> None:
     assert build(write(tmp_path / "t.csv", table(tmp_path, 5)), tmp_path / "out", "--shard-size", 3).exit_code == 0
     shards = sorted((tmp_path / "out").glob("*.tar"))
-    ensure_indexes(shards, None)
+    for shard in shards:
+        learn_index(shard, None)
     assert [build_index(shard).key(0) for shard in shards] == ["000000", "000010"]
 
 
