@@ -157,6 +157,17 @@ def config(tmp_path: Path) -> Iterator[Path]:
     dask.config.refresh()
 
 
+def test_ctrl_c_stays_an_interruption_when_dask_jobqueue_is_there(config: Path) -> None:
+    program = f"""
+import signal
+from pathlib import Path
+from data_tools.slurm import use_config
+use_config(Path({str(config)!r}))
+signal.raise_signal(signal.SIGINT)"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGINT and ended.stderr.endswith("KeyboardInterrupt\n")
+
+
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """sbatch, scancel and squeue that run a batch script as a process group of this machine. No SLURM is involved."""
