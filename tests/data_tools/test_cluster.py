@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import signal
@@ -122,6 +123,16 @@ def test_a_cluster_that_cannot_be_used_is_refused_in_one_line(cluster: str, monk
         with pytest.raises(UserError) as caught:
             list(map_jobs(work.square, [1], label="x", cluster=given, processes=processes))
         assert str(caught.value).startswith(message)
+
+
+def test_workers_without_this_package_are_told_from_a_failing_job(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "only_here.py").write_text("def double(n):\n    return 2 * n\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    double = importlib.import_module("only_here").double
+    with pytest.raises(UserError, match=f"^--cluster {cluster}: only_here cannot be imported there; install the same"):
+        list(map_jobs(double, [1], label="x", cluster=cluster))
 
 
 def test_a_scheduler_that_goes_away_is_said(tmp_path: Path) -> None:
