@@ -64,6 +64,13 @@ def map_on_cluster(
             raise JobKilledWorkersError(
                 f"{error.allowed_failures + 1} workers of --cluster {cluster} died one after the other doing it"
             ) from error
+        except RuntimeError as error:
+            if "deserialization of the task graph" not in str(error):
+                raise
+            raise UserError(
+                f"--cluster {cluster}: {function.__module__} cannot be imported there; install the same version of this "
+                "package for the scheduler and the workers"
+            ) from error
         except FutureCancelledError as error:
             raise _gone(cluster) from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -30,7 +31,9 @@ def use_config(path: Path) -> None:
     """
     try:
         import dask
-        import dask_jobqueue
+
+        with _interrupt_kept():
+            import dask_jobqueue
     except ImportError as error:
         raise UserError(f"--cluster-config needs the package {error.name}: {PACKAGES}") from error
     try:
@@ -106,7 +109,9 @@ def slurm_workers(processes: int | None) -> Iterator[SlurmWorkers]:
     try:
         import cryptography  # noqa: F401 (dask makes the keys with it)
         import dask
-        from dask_jobqueue.slurm import SLURMCluster, SLURMJob
+
+        with _interrupt_kept():
+            from dask_jobqueue.slurm import SLURMCluster, SLURMJob
         from distributed.core import Status
     except ImportError as error:
         raise UserError(f"--cluster slurm needs the package {error.name}: {PACKAGES}") from error
@@ -148,6 +153,16 @@ def slurm_workers(processes: int | None) -> Iterator[SlurmWorkers]:
             raise UserError(f"--cluster slurm: {_SETTINGS} in Dask's configuration cannot be used: {first_line}") from error
         with _without_keys(cluster), cluster:
             yield SlurmWorkers(cluster, math.ceil(processes / per_job), submitted, refused)
+
+
+@contextmanager
+def _interrupt_kept() -> Iterator[None]:
+    """Importing dask_jobqueue makes Ctrl-C end the process with status 0, as if it were done (``runner.py`` in 0.9)."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

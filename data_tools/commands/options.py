@@ -37,6 +37,7 @@ def cluster(command: Command) -> Command:
         click.option(
             "--cluster",
             metavar="ADDRESS|slurm",
+            is_eager=True,  # before --cluster-config, which asks for it
             help="Work on many machines: tcp://HOST:PORT of a running Dask scheduler, or slurm, which starts workers as "
             "SLURM jobs and ends them with the command. The folders must be the same on all machines.",
         ),
@@ -52,6 +53,8 @@ def show(result: dict[str, Any], as_json: bool, text: str) -> None:
 
 def _use_config(context: click.Context, parameter: click.Parameter, path: str | None) -> None:
     if path is not None:
+        if context.params.get("cluster") != "slurm":
+            raise click.UsageError("--cluster-config: only --cluster slurm has settings; add it or leave the file out")
         from data_tools.slurm import use_config
 
         use_config(Path(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import signal
@@ -124,6 +125,16 @@ def test_a_cluster_that_cannot_be_used_is_refused_in_one_line(cluster: str, monk
         assert str(caught.value).startswith(message)
 
 
+def test_workers_without_this_package_are_told_from_a_failing_job(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "only_here.py").write_text("def double(n):\n    return 2 * n\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    double = importlib.import_module("only_here").double
+    with pytest.raises(UserError, match=f"^--cluster {cluster}: only_here cannot be imported there; install the same"):
+        list(map_jobs(double, [1], label="x", cluster=cluster))
+
+
 def test_a_scheduler_that_goes_away_is_said(tmp_path: Path) -> None:
     port = free_port()
     scheduler = start("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard")
@@ -155,6 +166,17 @@ def config(tmp_path: Path) -> Iterator[Path]:
     path.write_text(CONFIG.format(logs=tmp_path / "logs"))
     yield path
     dask.config.refresh()
+
+
+def test_ctrl_c_stays_an_interruption_when_dask_jobqueue_is_there(config: Path) -> None:
+    program = f"""
+import signal
+from pathlib import Path
+from data_tools.slurm import use_config
+use_config(Path({str(config)!r}))
+signal.raise_signal(signal.SIGINT)"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGINT and ended.stderr.endswith("KeyboardInterrupt\n")
 
 
 @pytest.fixture

@@ -118,3 +118,11 @@ def test_a_folder_that_cannot_be_written_ends_the_run_with_the_remedy(shards: Pa
     (tmp_path / "file").write_text("")
     result = index(shards, "--out", tmp_path / "file" / "below", "--processes", 2)
     assert isinstance(result.exception, DataError) and "choose a folder that can" in str(result.exception)
+
+
+def test_settings_of_a_cluster_that_is_not_used_are_refused(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("jobqueue: {slurm: {cores: 1, memory: 1GB}}")
+    for arguments in ([], ["--cluster", "tcp://127.0.0.1:1"]):
+        result = index(shards, "--cluster-config", tmp_path / "cluster.yaml", *arguments)
+        assert result.exit_code == 2 and "--cluster-config: only --cluster slurm has settings" in result.output
+    assert not indexes(shards)
