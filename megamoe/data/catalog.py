@@ -124,14 +124,17 @@ class Catalog:
         twice = [(key, "incomplete: its key comes twice") for key in index.duplicates]
         return [(f"{label}#{key}", why) for key, why in [(k, f"incomplete: {w}") for k, w in index.incomplete] + twice]
 
-    def read(self, located: Located, offset: int, size: int) -> bytes:
-        """Bytes of a member of a located sample.
+    def read(self, located: Located) -> tuple[bytes, bytes]:
+        """Bytes of the picture and of the caption of a located sample.
 
         Raises:
             BadShard: the shard cannot be read, or is not what was indexed.
         """
         try:
-            return self._storage.read(located.shard, offset, size)
+            entry = located.entry
+            members = [(entry.image_offset, entry.image_size), (entry.text_offset, entry.text_size)]
+            image, text = self._storage.read(located.shard, members)
+            return image, text
         except DataError as error:
             raise self._bad(located.shard, error) from error
 

@@ -92,12 +92,20 @@ class IndexHeader:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Offsets of all samples of one shard. ``table`` is int64 (samples, 6): the fields of an entry after the key."""
+    """Offsets of all samples of one shard.
+
+    ``table`` is int64 (samples, 6): the fields of an entry after the key. ``others`` is int64 (n, 3): number in
+    ``extensions``, offset and size of the members that are neither the picture nor the caption; those of sample i end at
+    ``other_ends[i]``.
+    """
 
     header: IndexHeader
     table: npt.NDArray[np.int64]
     keys: npt.NDArray[np.uint8]
     key_ends: npt.NDArray[np.int64]
+    others: npt.NDArray[np.int64]
+    other_ends: npt.NDArray[np.int64]
+    extensions: list[str]
     incomplete: list[tuple[str, str]] = field(default_factory=list)
     duplicates: list[str] = field(default_factory=list)
 
@@ -117,6 +125,17 @@ class ShardIndex:
         image_ext, text_ext = _EXTENSIONS[image_ext], _EXTENSIONS[text_ext]
         return SampleEntry(self.key(i), image_offset, image_size, image_ext, text_offset, text_size, text_ext)
 
+    def members(self, i: int) -> dict[str, tuple[int, int]]:
+        """All members of sample ``i`` by extension: offset and size in bytes, in the order of the tar."""
+        entry = self.sample(i)
+        found = [
+            (entry.image_offset, entry.image_size, entry.image_ext),
+            (entry.text_offset, entry.text_size, entry.text_ext),
+        ]
+        for ext, offset, size in self.others[self.other_ends[i - 1] if i else 0 : self.other_ends[i]].tolist():
+            found.append((offset, size, self.extensions[ext]))
+        return {ext: (offset, size) for offset, size, ext in sorted(found)}
+
 
 def build_index(shard: str | Path, state: ShardState | None = None) -> ShardIndex:
     """Read the headers of ``shard`` once, front to back; ``state`` says where it lies if that is not its name.
@@ -126,6 +145,9 @@ def build_index(shard: str | Path, state: ShardState | None = None) -> ShardInde
     """
     rows: list[tuple[int, ...]] = []
     keys: list[bytes] = []
+    others: list[tuple[int, int, int]] = []
+    other_ends: list[int] = []
+    extensions: dict[str, int] = {}
     incomplete: list[tuple[str, str]] = []
     duplicates: list[str] = []
     seen: set[str] = set()
@@ -147,6 +169,10 @@ def build_index(shard: str | Path, state: ShardState | None = None) -> ShardInde
                 continue
             rows.append((*members[image][1:], _EXTENSIONS.index(image), *members[text][1:], _EXTENSIONS.index(text)))
             keys.append(key.encode("utf-8"))
+            for ext, member in members.items():
+                if ext not in (image, text):
+                    others.append((extensions.setdefault(ext, len(extensions)), member.offset, member.size))
+            other_ends.append(len(others))
         after = os.fstat(file.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise DataError(f"shard {name}: changed while it was read; wait until it is written")
@@ -163,6 +189,9 @@ def build_index(shard: str | Path, state: ShardState | None = None) -> ShardInde
         np.asarray(rows, dtype=np.int64),
         np.frombuffer(b"".join(keys), dtype=np.uint8),
         np.cumsum([len(key) for key in keys], dtype=np.int64),
+        np.asarray(others, dtype=np.int64).reshape(-1, 3),
+        np.asarray(other_ends, dtype=np.int64),
+        list(extensions),
         incomplete,
         duplicates,
     )
@@ -170,7 +199,7 @@ def build_index(shard: str | Path, state: ShardState | None = None) -> ShardInde
 
 def write_index(index: ShardIndex, path: Path) -> None:
     """Write ``index`` so that ``path`` is whole or absent."""
-    problems = {"incomplete": index.incomplete, "duplicates": index.duplicates}
+    names = {"extensions": index.extensions, "incomplete": index.incomplete, "duplicates": index.duplicates}
     with atomic_file(path) as file:
         np.savez(
             file,
@@ -179,7 +208,9 @@ def write_index(index: ShardIndex, path: Path) -> None:
             table=index.table,
             keys=index.keys,
             key_ends=index.key_ends,
-            problems=_json_array(problems),
+            others=index.others,
+            other_ends=index.other_ends,
+            names=_json_array(names),
         )
 
 
@@ -229,20 +260,23 @@ def read_index(shard: str | Path, index_dir: Path | None) -> ShardIndex:
             content = json.loads(arrays["header"].tobytes())
             if content["format"] != FORMAT:
                 raise DataError(f"index {path}: format {content['format']}, not {FORMAT}; run `megamoe data index {shard}`")
-            problems = json.loads(arrays["problems"].tobytes())
+            names = json.loads(arrays["names"].tobytes())
             index = ShardIndex(
                 IndexHeader(**content),
                 arrays["table"],
                 arrays["keys"],
                 arrays["key_ends"],
-                [(key, why) for key, why in problems["incomplete"]],
-                problems["duplicates"],
+                arrays["others"],
+                arrays["other_ends"],
+                names["extensions"],
+                [(key, why) for key, why in names["incomplete"]],
+                names["duplicates"],
             )
     except FileNotFoundError as error:
         raise DataError(f"shard {shard}: has no index; run `megamoe data index {shard}`") from error
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(damaged) from error
-    if index.table.shape != (index.samples, 6) or len(index.key_ends) != index.samples:
+    if index.table.shape != (index.samples, 6) or {len(index.key_ends), len(index.other_ends)} != {index.samples}:
         raise DataError(damaged)
     return index
 

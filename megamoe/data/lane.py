@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megamoe.data.catalog import Catalog, Located
+from megamoe.data.catalog import Catalog
 from megamoe.data.decode import CorruptSample, decode_caption, decode_image
 from megamoe.data.order import SampleOrder
 from megamoe.data.pack import PackShape, SequenceBuilder
@@ -63,19 +63,19 @@ class LanePacker:
         self._tokenizer = tokenizer
         self._shape = shape
 
-    def next_sequence(self, cursor: int, pixels: npt.NDArray[np.uint8], text: npt.NDArray[np.int64]) -> PackedSequence:
+    def next_sequence(self, cursor: int, pixels: npt.NDArray[np.uint8], tokens: npt.NDArray[np.int64]) -> PackedSequence:
         """Fill one sequence, beginning with the lane's sample number ``cursor``.
 
         Args:
             cursor: the lane's state.
             pixels: uint8 (I, H, W, 3), filled; see :class:`megamoe.data.pack.SequenceBuilder`.
-            text: int64 (3, L), filled.
+            tokens: int64 (3, L), filled.
 
         Raises:
             BadShard: a shard cannot be used.
             DataError: ``MAX_LOST_IN_A_ROW`` samples in a row could not be used.
         """
-        builder = SequenceBuilder(self._shape, self._tokenizer, pixels, text)
+        builder = SequenceBuilder(self._shape, self._tokenizer, pixels, tokens)
         samples: list[str] = []
         lost: list[LostSample] = []
         counters: Counter[tuple[int, str]] = Counter()
@@ -86,13 +86,13 @@ class LanePacker:
             try:
                 located = self._catalog.sample(ref.source, ref.shard, ref.sample)
                 name = located.id
+                image, text = self._catalog.read(located)
                 # text first: it is cheap and decides whether the picture is worth decoding now
-                caption = self._caption(located)
+                caption = self._tokenizer.encode(decode_caption(text, located.entry.text_ext))
                 if not builder.fits(caption):
                     break
-                data = self._catalog.read(located, located.entry.image_offset, located.entry.image_size)
                 started = time.perf_counter()
-                decode_image(data, self._shape.image_size, out=builder.next_picture)
+                decode_image(image, self._shape.image_size, out=builder.next_picture)
                 counters[ref.source, "decode_seconds"] += time.perf_counter() - started  # type: ignore[assignment]
             except CorruptSample as corrupt:
                 lost.append(LostSample(self.lane, name, str(corrupt)))
@@ -116,9 +116,3 @@ class LanePacker:
             cursor += 1
         builder.finish()
         return PackedSequence(samples, lost, builder.truncated, builder.targets, cursor, counters)
-
-    def _caption(self, located: Located) -> list[int]:
-        entry = located.entry
-        return self._tokenizer.encode(
-            decode_caption(self._catalog.read(located, entry.text_offset, entry.text_size), entry.text_ext)
-        )

@@ -57,9 +57,10 @@ def read_samples(
             if limit is not None and given >= limit:
                 return
             try:
-                caption = _caption(storage, path, entry)
-                data = storage.read(path, entry.image_offset, entry.image_size)
-                sample = Sample(name, decode_image(data, image_size), caption)
+                members = [(entry.image_offset, entry.image_size), (entry.text_offset, entry.text_size)]
+                image, text = storage.read(path, members)
+                caption = decode_caption(text, entry.text_ext)
+                sample = Sample(name, decode_image(image, image_size), caption)
             except CorruptSample as corrupt:
                 lose(name, str(corrupt))
                 continue
@@ -74,7 +75,8 @@ def read_captions(specs: Sequence[str], index_dir: Path | None = None, on_lost: 
     with closing(storage):
         for name, path, entry in _entries(specs, index_dir, lose, storage):
             try:
-                caption = _caption(storage, path, entry)
+                (text,) = storage.read(path, [(entry.text_offset, entry.text_size)])
+                caption = decode_caption(text, entry.text_ext)
             except CorruptSample as corrupt:
                 lose(name, str(corrupt))
                 continue
@@ -98,10 +100,6 @@ def _entries(
             entry = index.sample(i)
             if share == 1.0 or held_out(np.array([key_hash(entry.key)], dtype=np.uint64), share)[0]:
                 yield f"{label}#{entry.key}", shard, entry
-
-
-def _caption(storage: Storage, shard: str, entry: SampleEntry) -> str:
-    return decode_caption(storage.read(shard, entry.text_offset, entry.text_size), entry.text_ext)
 
 
 def _log(name: str, reason: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from megamoe.data.shards import is_remote
 from megamoe.data.tar import BLOCK, checksum_is_right, header_size
 from megamoe.data.urls import masked
 from megamoe.errors import DataError
+
+_GAP = 1 << 16  # bytes between members that are read in vain rather than asking twice
 
 
 @dataclass
@@ -42,37 +45,52 @@ class Storage:
         self._open: OrderedDict[str, _OpenShard] = OrderedDict()
         self.counters: Counter[str] = Counter()
 
-    def read(self, shard: str, offset: int, size: int) -> bytes:
-        """The ``size`` bytes at ``offset`` of ``shard``.
+    def read(self, shard: str, members: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The contents of ``members`` of ``shard``, each given by the offset and size of its bytes.
 
-        The tar header in front of them is read along and must be whole and name the same size: a shard that was
-        replaced after it was indexed gives an error, not the bytes of another sample.
+        Members that lie close together, as those of a sample do, are read at once. The tar header in front of each must
+        be whole and name the same size: a shard that was replaced after it was indexed gives an error, not the bytes of
+        another sample.
 
         Raises:
             ShardUnavailable: the shard cannot be opened or read.
             DataError: it ends too early, or is not what was indexed.
         """
-        start, want = offset - BLOCK, size + BLOCK
-        pieces = []
+        first = min(offset for offset, _ in members) - BLOCK
+        last = max(offset + size for offset, size in members)
+        if last - first > sum(size for _, size in members) + _GAP:
+            return [
+                self._checked(shard, offset - BLOCK, self._bytes(shard, offset - BLOCK, size + BLOCK), [(offset, size)])[0]
+                for offset, size in members
+            ]
+        return self._checked(shard, first, self._bytes(shard, first, last - first), members)
+
+    def _bytes(self, shard: str, start: int, want: int) -> bytes:
         file = self._opened(shard).descriptor
+        pieces = []
         try:
             while want:  # one call may return less than asked for (2 GiB, interrupted network reads)
                 piece = os.pread(file, want, start)
                 if not piece:
-                    raise DataError(
-                        f"shard {masked(shard)}: ends at byte {start}, within the member at byte {offset}; copy it again"
-                    )
+                    raise DataError(f"shard {masked(shard)}: ends at byte {start}, within a member; copy it again")
                 pieces.append(piece)
                 start += len(piece)
                 want -= len(piece)
         except OSError as error:
-            raise ShardUnavailable(f"shard {masked(shard)}: cannot be read at byte {offset} ({error.strerror})") from error
-        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        if not _describes(data[:BLOCK], size):
-            raise DataError(
-                f"shard {masked(shard)}: changed at byte {offset} since it was indexed; run `megamoe data index {shard}`"
-            )
-        return data[BLOCK:]
+            raise ShardUnavailable(f"shard {masked(shard)}: cannot be read at byte {start} ({error.strerror})") from error
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _checked(self, shard: str, start: int, data: bytes, members: Sequence[tuple[int, int]]) -> list[bytes]:
+        contents = []
+        for offset, size in members:
+            at = offset - start
+            if not _describes(data[at - BLOCK : at], size):
+                raise DataError(
+                    f"shard {masked(shard)}: changed at byte {offset} since it was indexed; "
+                    f"run `megamoe data index {masked(shard)}`"
+                )
+            contents.append(data[at : at + size])
+        return contents
 
     def state(self, shard: str) -> ShardState:
         """Where ``shard`` lies on this machine, fetched if need be, and what tells it from an earlier one of its name.

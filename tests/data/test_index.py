@@ -33,8 +33,9 @@ def check_against_tarfile(path: Path) -> None:
     for i in range(index.samples):
         entry = index.sample(i)
         members = expected[entry.key]
-        assert storage.read(str(path), entry.image_offset, entry.image_size) == members[entry.image_ext]
-        assert storage.read(str(path), entry.text_offset, entry.text_size) == members[entry.text_ext]
+        assert dict(zip(index.members(i), storage.read(str(path), list(index.members(i).values())), strict=True)) == members
+        assert index.members(i)[entry.image_ext] == (entry.image_offset, entry.image_size)
+        assert index.members(i)[entry.text_ext] == (entry.text_offset, entry.text_size)
     storage.close()
 
 
