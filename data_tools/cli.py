@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import click
 
+from data_tools.commands.checksum import checksum
 from data_tools.commands.index import index
+from data_tools.commands.repair import repair
+from data_tools.commands.stats import stats
 from data_tools.commands.synth import synth
 from data_tools.commands.tokenizer import tokenizer
+from data_tools.commands.validate import validate
 
 
 @click.group()
@@ -14,5 +18,5 @@ def data() -> None:
     """Make, check and keep image-text shards."""
 
 
-for command in (synth, tokenizer, index):
+for command in (synth, tokenizer, index, validate, repair, stats, checksum):
     data.add_command(command)
