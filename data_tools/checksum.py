@@ -91,6 +91,7 @@ def write_sums(shards: Sequence[Path], processes: int | None = None) -> Written:
         resumed += len(new)
         try:
             with open(folder / _JOURNAL, "a", encoding="utf-8") as journal:
+                journal.write("\n")  # the last line may be cut, as its run was
                 for shard, digest in shard_sums([shard for shard in own if shard.name not in new], processes):
                     new[shard.name] = digest
                     journal.write(f"{json.dumps([*_state(shard), digest])}\n")
@@ -186,7 +187,7 @@ def _read_journal(folder: Path) -> dict[tuple[str, int, int], str]:
     known: dict[tuple[str, int, int], str] = {}
     with suppress(FileNotFoundError), open(folder / _JOURNAL, encoding="utf-8") as file:
         for line in file:
-            with suppress(ValueError):  # the last line may be cut, as its run was
+            with suppress(ValueError, TypeError):
                 name, size, mtime, digest = json.loads(line)
                 known[name, size, mtime] = digest
     return known

@@ -57,6 +57,7 @@ class ShardReport:
     ignored: int
     problems: list[Problem]
     key_hashes: npt.NDArray[np.uint64]  # of each key, in the order of the tar
+    follow_up: bool = False  # only the keys that it shares with earlier shards; what it counts was counted before
 
     def as_json(self) -> dict[str, Any]:
         """The report's line in the file of reports."""
@@ -82,7 +83,7 @@ def validate_shards(shards: Sequence[Path], decode: bool, processes: int | None 
     """Yield a report for each of ``shards`` in order, then one more for each that shares keys with an earlier one.
 
     Keys of different shards are compared by 64-bit hashes: among a billion keys one pair in about forty such sets
-    would be reported by chance. The last reports hold nothing but those problems (``samples`` is 0).
+    would be reported by chance.
     """
     hashes = []
     for _, report in map_jobs(
@@ -272,7 +273,7 @@ def _shared_keys(shards: Sequence[Path], hashes: list[npt.NDArray[np.uint64]]) -
             continue
         wanted = {int(place): shards[int(first)] for place, first in zip(places[later], owner[which[later]], strict=True)}
         problems = [Problem(ELSEWHERE, key, f"also in {wanted[place]}") for place, key in _keys(shard, wanted)]
-        yield ShardReport(shard, 0, 0, 0, 0, problems, hashes[0][:0])
+        yield ShardReport(shard, 0, 0, 0, 0, problems, hashes[0][:0], follow_up=True)
 
 
 def _keys(shard: Path, places: dict[int, Path]) -> Iterator[tuple[int, str]]:

@@ -62,7 +62,8 @@ def validate(
                 out.write(json.dumps(each.as_json()).encode() + b"\n")
             if not as_json:
                 state = f"{len(each.problems):,} problems" if each.problems else "ok"
-                lines = [f"{each.shard}: {state}, {each.samples:,} samples", *describe(each.problems)]
+                seen = f", {each.samples:,} samples" if not each.follow_up else " with other shards"
+                lines = [f"{each.shard}: {state}{seen}", *describe(each.problems)]
                 tqdm.write("\n".join(lines), file=sys.stdout)
     result = {
         "shards": len(paths),
