@@ -23,9 +23,9 @@ from typing import Any, BinaryIO, NamedTuple
 import simplejpeg
 from PIL import Image
 
+from data_tools.contents import CAPTION, DUPLICATE, NO_CAPTION, NO_PICTURE, PICTURE, read_member
 from data_tools.jobs import map_jobs
 from data_tools.sketch import Sketch
-from data_tools.validate import CAPTION, DUPLICATE, NO_CAPTION, NO_PICTURE, PICTURE, read_member
 from megamoe.data.decode import CorruptSample, decode_caption
 from megamoe.data.index import IMAGE_EXTENSIONS, groups
 from megamoe.data.shards import shard_labels

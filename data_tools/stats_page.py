@@ -16,9 +16,9 @@ from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image, ImageOps
 
+from data_tools.contents import MAX_MEMBER
 from data_tools.sketch import Sketch
 from data_tools.stats import Shown, Stats, picture_size, ranked
-from data_tools.validate import MAX_MEMBER
 from megamoe.data.decode import MAX_PIXELS, CorruptSample
 from megamoe.data.files import atomic_file
 from megamoe.data.storage import Storage
