@@ -1,8 +1,8 @@
 """`megamoe data validate`: everything that a training run, or another reader, would stumble over, found beforehand.
 
 Each shard is read once, front to back, by one process. A shard that is damaged is reported with what could be read of
-it; the others are not held up. Memory: the keys of the shards under way, and 8 bytes (at the end twice that) for each
-sample of the set.
+it, all but the sample right before the damage, which may not be whole; the others are not held up. Memory: the keys of
+the shards under way, and 8 bytes (at the end twice that) for each sample of the set.
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ def validate(
             if out:
                 out.write(json.dumps(each.as_json()).encode() + b"\n")
             if not as_json:
-                state = f"{len(each.problems):,} problems" if each.problems else "ok"
+                count = len(each.problems)
+                state = f"{count:,} problem{'' if count == 1 else 's'}" if count else "ok"
                 seen = f", {each.samples:,} samples" if not each.follow_up else " with other shards"
                 lines = [f"{each.shard}: {state}{seen}", *describe(each.problems)]
                 tqdm.write("\n".join(lines), file=sys.stdout)
