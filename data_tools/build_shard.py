@@ -90,7 +90,6 @@ def make_shard(job: ShardJob) -> dict[str, Any]:
     Raises:
         DataError: the source changed or is damaged, or the folder cannot be written.
     """
-    _end_with_parent()
     start = time.time()
     job.tar.unlink(missing_ok=True)
     rows: list[dict[str, Any]] = []
@@ -127,20 +126,10 @@ def make_shard(job: ShardJob) -> dict[str, Any]:
 
 
 @cache
-def _end_with_parent() -> None:
-    """A worker whose main process was killed would go on with the shards in its queue, beside those of the next call."""
-    parent = parent_process()
-    if parent is None:
-        return
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    Thread(target=wait, daemon=True).start()
+def _end_with_parent()
 
 
-def first_loss(job: ShardJob) -> str | None:
+rdJob) -> str | None:
     """Name and reason of the first item of a finished shard that is not in it."""
     messages = pq.read_table(job.parquet, columns=["error_message"])["error_message"]
     return next((str(message) for message in messages if message.is_valid), None)

@@ -39,7 +39,7 @@ def read_records(shard: Path, on_lost: OnLost) -> Iterator[Record]:
     file, state = open_for_walk(shard)
     seen: set[str] = set()
     with file:
-        for key, members in groups(walk(str(shard), file, state.st_size)):
+        for key, members in groups(walk(shard, file, state.st_size)):
             if key in seen:
                 on_lost(key, "its key comes twice")
                 continue

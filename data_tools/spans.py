@@ -47,7 +47,7 @@ def scan_shard(job: ShardToScan) -> Account:
         file, state = open_for_walk(job.source)
         with file:
             start = 0
-            for key, members in groups(walk(str(job.source), file, state.st_size)):
+            for key, members in groups(walk(job.source, file, state.st_size)):
                 last = max(members.values(), key=lambda member: member.offset)
                 end = last.offset + _padded(last.size)
                 if key in seen:
@@ -77,7 +77,7 @@ def read_span(shard: Path, file: int, start: int, length: int) -> Record:
         raise changed
     stream = io.BytesIO(data + _END)
     try:
-        found = list(groups(walk(str(shard), stream, length + len(_END))))
+        found = list(groups(walk(shard, stream, length + len(_END))))
     except DataError as error:
         raise changed from error
     if len(found) != 1:

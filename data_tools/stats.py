@@ -140,7 +140,10 @@ def collect_stats(
     """
     if tokenizer:
         _tokenizer(tokenizer)  # said here in one line, rather than by a worker
-    jobs = [Job(shard, label, tokenizer, sample) for shard, label in zip(shards, shard_labels(shards), strict=True)]
+    jobs = [
+        Job(shard, label, tokenizer, sample)
+        for shard, label in zip(shards, shard_labels([str(shard) for shard in shards]), strict=True)
+    ]
     total = Stats(numbers={name: Sketch() for name in ("width", "height", "aspect", "image_bytes", "caption_characters")})
     for _, part in map_jobs(shard_stats, jobs, label="stats", processes=processes):
         total.merge(part, sample)

@@ -23,7 +23,7 @@ from megamoe.data.decode import MAX_PIXELS, CorruptSample
 from megamoe.data.files import atomic_file
 from megamoe.data.storage import Storage
 from megamoe.errors import DataError
-from megamoe.report.figures import GRID, SERIES, _figure, _style, _svg
+from megamoe.report.figures import GRID, SERIES, as_svg, house_style, new_figure
 
 WORDS = 30
 _SIDE = 320  # pixels: sharp on screens that have two for each
@@ -158,8 +158,8 @@ def _histogram(sketch: Sketch, skewed: bool) -> Markup:
     few = len(counts) <= 16 and sketch.whole
     if edges[0] == edges[-1]:  # all equal: a bar in the middle of the axis
         edges, few = edges + np.array([-0.5, 0.5]), True
-    figure, canvas = _figure(height=1.9)
-    with _style():
+    figure, canvas = new_figure(height=1.9)
+    with house_style():
         axes = figure.add_subplot()
         if few:
             axes.bar((edges[:-1] + edges[1:]) / 2, counts, width=0.7, color=SERIES[0], alpha=0.85)
@@ -183,7 +183,7 @@ def _histogram(sketch: Sketch, skewed: bool) -> Markup:
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(GRID)
         axes.tick_params(length=0)
-        return _svg(canvas)
+        return as_svg(canvas)
 
 
 def _pictures(shown: Sequence[Shown], sample: int) -> list[Picture]:
@@ -194,7 +194,7 @@ def _pictures(shown: Sequence[Shown], sample: int) -> list[Picture]:
             break
         try:
             if member.size <= MAX_MEMBER:
-                pictures.append(_picture(name, caption, storage.read(shard, member.offset, member.size)))
+                pictures.append(_picture(name, caption, storage.read(str(shard), [(member.offset, member.size)])[0]))
         except (CorruptSample, DataError):  # there are spare ones; `validate` names the damaged ones
             continue
     storage.close()

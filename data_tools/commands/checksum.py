@@ -26,9 +26,9 @@ def checksum(
     from dataclasses import asdict
 
     from data_tools.checksum import SUMS, shard_sums, sum_line, verify_sums, write_sums
-    from megamoe.data.shards import expand_shards
+    from megamoe.data.shards import local_shards
 
-    paths = expand_shards([shards])
+    paths = local_shards([shards])
     if dry_run:
         folders = sorted({str(shard.parent / SUMS) for shard in paths})
         files = folders if action == "write" else []

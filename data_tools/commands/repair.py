@@ -32,9 +32,9 @@ def repair(
     from tqdm import tqdm
 
     from data_tools.repair import COPIED, repair_shards
-    from megamoe.data.shards import expand_shards
+    from megamoe.data.shards import local_shards
 
-    paths = expand_shards([shards])
+    paths = local_shards([shards])
     lost: Counter[str] = Counter()
     actions: Counter[str] = Counter()
     saved = passed_over = 0

@@ -33,9 +33,9 @@ def stats(
     Exit status 1 if a shard is damaged: then the figures are of what lies before the damage.
     """
     from data_tools.stats import collect_stats
-    from megamoe.data.shards import expand_shards
+    from megamoe.data.shards import local_shards
 
-    paths = expand_shards([shards])
+    paths = local_shards([shards])
     if dry_run:
         written = [str(out / name) for name in ("stats.json", "stats.html")] if out else []
         text = f"{len(paths):,} shards would be read; written: {', '.join(written) or 'nothing'}"

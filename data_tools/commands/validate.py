@@ -34,7 +34,7 @@ def validate(
 
     from data_tools.validate import Problem, validate_shards
     from megamoe.data.files import atomic_file
-    from megamoe.data.shards import expand_shards
+    from megamoe.data.shards import local_shards
 
     def describe(problems: list[Problem]) -> list[str]:
         by_cause: dict[str, list[Problem]] = {}
@@ -47,7 +47,7 @@ def validate(
             lines.append(f"  {cause}: {len(some)}: {', '.join(named + more)}")
         return lines
 
-    paths = expand_shards([shards])
+    paths = local_shards([shards])
     causes: Counter[str] = Counter()
     bad: dict[str, None] = {}
     samples = good = 0

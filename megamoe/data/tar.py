@@ -30,13 +30,13 @@ class Member(NamedTuple):
     size: int
 
 
-def walk(path: str, file: BinaryIO, length: int) -> Iterator[Member]:
-    """Yield the regular files of the tar open as ``file`` (``length`` bytes; ``path`` names it in errors), in order.
+def walk(shard: str | Path, file: BinaryIO, length: int) -> Iterator[Member]:
+    """Yield the regular files of the tar open as ``file`` (``length`` bytes; ``shard`` names it in errors), in order.
 
     Raises:
         DataError: not a tar, a damaged header, a cut, data after the end, or a sparse file.
     """
-    at = 0
+    path, at = str(shard), 0
     inherited: dict[str, str] = {}  # pax records for all members that follow
     own: dict[str, str] = {}  # names and sizes for the next member only
     while True:

@@ -52,8 +52,8 @@ def curves(steps: Array, series: Mapping[str, Array], log: bool = False, raw: bo
         raw: draw the values as they are faintly behind their running mean; otherwise only as they are.
     """
     assert 1 <= len(series) <= len(SERIES)
-    figure, canvas = _figure(height=2.3)
-    with _style():
+    figure, canvas = new_figure(height=2.3)
+    with house_style():
         axes = figure.add_subplot()
         marker = "o" if len(steps) < 3 else None
         behind = raw and len(steps) >= 20
@@ -76,7 +76,7 @@ def curves(steps: Array, series: Mapping[str, Array], log: bool = False, raw: bo
         axes.set_xlabel("step")
         if len(series) > 1:
             axes.legend(frameon=False, loc="best")
-        return _svg(canvas)
+        return as_svg(canvas)
 
 
 def expert_heat_map(load: Mapping[str, Array]) -> Markup:
@@ -90,8 +90,8 @@ def expert_heat_map(load: Mapping[str, Array]) -> Markup:
     grid = np.full((len(rows), width), np.nan)
     for index, row in enumerate(rows):
         grid[index, : len(row)] = row
-    figure, canvas = _figure(height=0.9 + 0.3 * len(rows), width=8.0)
-    with _style():
+    figure, canvas = new_figure(height=0.9 + 0.3 * len(rows), width=8.0)
+    with house_style():
         axes = figure.add_subplot()
         mesh = axes.pcolormesh(
             np.ma.masked_invalid(grid),
@@ -116,7 +116,7 @@ def expert_heat_map(load: Mapping[str, Array]) -> Markup:
         bar.ax.set_yticklabels(["0", "mean", "2x"])
         bar.ax.tick_params(length=0)
         bar.outline.set_visible(False)
-        return _svg(canvas)
+        return as_svg(canvas)
 
 
 def smooth(values: Array) -> Array:
@@ -147,14 +147,14 @@ def _thin(steps: Array, values: Array) -> tuple[Array, Array]:
     return steps[index], values[index]
 
 
-def _figure(height: float, width: float = 4.6) -> tuple[Figure, FigureCanvasSVG]:
+def new_figure(height: float, width: float = 4.6) -> tuple[Figure, FigureCanvasSVG]:
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.patch.set_visible(False)
     return figure, FigureCanvasSVG(figure)
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def house_style() -> Iterator[None]:
     with rc_context(
         {
             "svg.fonttype": "none",
@@ -170,7 +170,7 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _svg(canvas: FigureCanvasSVG) -> Markup:
+def as_svg(canvas: FigureCanvasSVG) -> Markup:
     buffer = io.StringIO()
     canvas.print_svg(buffer, metadata={"Date": None})
     svg = buffer.getvalue()
