@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
 from collections import Counter, deque
@@ -17,10 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
-from multiprocessing import parent_process
 from pathlib import Path
-from threading import Thread
 from typing import Any, NamedTuple
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -125,11 +121,7 @@ def make_shard(job: ShardJob) -> dict[str, Any]:
     return stats
 
 
-@cache
-def _end_with_parent()
-
-
-rdJob) -> str | None:
+def first_loss(job: ShardJob) -> str | None:
     """Name and reason of the first item of a finished shard that is not in it."""
     messages = pq.read_table(job.parquet, columns=["error_message"])["error_message"]
     return next((str(message) for message in messages if message.is_valid), None)
