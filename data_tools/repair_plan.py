@@ -173,7 +173,7 @@ def _complete(members: dict[str, Member]) -> bool:
 
 
 def _key(name: str) -> str:
-    return next((key for key, _ in groups(iter([Member(name, 0, 0)]))), name)
+    return next((key for key, _ in groups(iter([Member(name, 0, 0, 0)]))), name)
 
 
 def _end(stretch: Stretch) -> int:

@@ -21,6 +21,7 @@ from data_tools.sketch import Sketch
 from data_tools.stats import Shown, Stats, picture_size, ranked
 from megamoe.data.decode import MAX_PIXELS, CorruptSample
 from megamoe.data.files import atomic_file
+from megamoe.data.index import Extent
 from megamoe.data.storage import Storage
 from megamoe.errors import DataError
 from megamoe.report.figures import GRID, SERIES, as_svg, house_style, new_figure
@@ -194,7 +195,7 @@ def _pictures(shown: Sequence[Shown], sample: int) -> list[Picture]:
             break
         try:
             if member.size <= MAX_MEMBER:
-                pictures.append(_picture(name, caption, storage.read(str(shard), [(member.offset, member.size)])[0]))
+                pictures.append(_picture(name, caption, storage.read(str(shard), [Extent(*member[1:])])[0]))
         except (CorruptSample, DataError):  # there are spare ones; `validate` names the damaged ones
             continue
     storage.close()

@@ -159,7 +159,7 @@ class _ShardCheck:
         if before is None:
             self._lacking[key] = {NO_PICTURE, NO_CAPTION} - found
             if image is not None and text is not None:
-                self._rows.append((*members[image][1:], *members[text][1:]))
+                self._rows.append((*members[image][1:3], *members[text][1:3]))
         elif key in self._lacking:
             self._lacking[key] -= found
         if not self._lacking.get(key):
@@ -176,7 +176,7 @@ class _ShardCheck:
         if not index_path(shard, None).exists():
             return
         try:
-            table = load_index(shard, None).table[:, [0, 1, 3, 4]]
+            table = load_index(shard, None).table[:, [0, 1, 4, 5]]
         except DataError as error:
             self.problems.append(Problem(INDEX, None, str(error)))
             return

@@ -131,9 +131,7 @@ class Catalog:
             BadShard: the shard cannot be read, or is not what was indexed.
         """
         try:
-            entry = located.entry
-            members = [(entry.image_offset, entry.image_size), (entry.text_offset, entry.text_size)]
-            image, text = self._storage.read(located.shard, members)
+            image, text = self._storage.read(located.shard, (located.entry.image, located.entry.text))
             return image, text
         except DataError as error:
             raise self._bad(located.shard, error) from error

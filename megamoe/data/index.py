@@ -31,7 +31,7 @@ from megamoe.data.tar import Member, open_for_walk, walk
 from megamoe.data.urls import masked
 from megamoe.errors import DataError
 
-FORMAT = 2
+FORMAT = 3
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 TEXT_EXTENSIONS = ("txt", "json")
 _EXTENSIONS = IMAGE_EXTENSIONS + TEXT_EXTENSIONS  # an extension is stored as its place in here
@@ -64,15 +64,21 @@ class ShardState(NamedTuple):
         return cls(path, status.st_size, status.st_mtime_ns, "")
 
 
+class Extent(NamedTuple):
+    """The contents of a member: offset and size in bytes, and the CRC-32 of its tar header."""
+
+    offset: int
+    size: int
+    header: int
+
+
 class SampleEntry(NamedTuple):
-    """Where one sample lies: offsets and sizes in bytes of the members' contents in the tar."""
+    """Where one sample lies in the tar: its picture and its caption, and their extensions."""
 
     key: str
-    image_offset: int
-    image_size: int
+    image: Extent
     image_ext: str
-    text_offset: int
-    text_size: int
+    text: Extent
     text_ext: str
 
 
@@ -94,9 +100,9 @@ class IndexHeader:
 class ShardIndex:
     """Offsets of all samples of one shard.
 
-    ``table`` is int64 (samples, 6): the fields of an entry after the key. ``others`` is int64 (n, 3): number in
-    ``extensions``, offset and size of the members that are neither the picture nor the caption; those of sample i end at
-    ``other_ends[i]``.
+    ``table`` is int64 (samples, 8): extent and number of the extension of the picture, the same of the caption.
+    ``others`` is int64 (n, 4): extent and number in ``extensions`` of the members that are neither; those of sample i end
+    at ``other_ends[i]``.
     """
 
     header: IndexHeader
@@ -121,20 +127,16 @@ class ShardIndex:
 
     def sample(self, i: int) -> SampleEntry:
         """Entry of sample ``i`` in the order of the tar."""
-        image_offset, image_size, image_ext, text_offset, text_size, text_ext = self.table[i].tolist()
-        image_ext, text_ext = _EXTENSIONS[image_ext], _EXTENSIONS[text_ext]
-        return SampleEntry(self.key(i), image_offset, image_size, image_ext, text_offset, text_size, text_ext)
+        a, b, c, image_ext, d, e, f, text_ext = self.table[i].tolist()
+        return SampleEntry(self.key(i), Extent(a, b, c), _EXTENSIONS[image_ext], Extent(d, e, f), _EXTENSIONS[text_ext])
 
-    def members(self, i: int) -> dict[str, tuple[int, int]]:
-        """All members of sample ``i`` by extension: offset and size in bytes, in the order of the tar."""
+    def members(self, i: int) -> dict[str, Extent]:
+        """All members of sample ``i`` by extension, in the order of the tar."""
         entry = self.sample(i)
-        found = [
-            (entry.image_offset, entry.image_size, entry.image_ext),
-            (entry.text_offset, entry.text_size, entry.text_ext),
-        ]
-        for ext, offset, size in self.others[self.other_ends[i - 1] if i else 0 : self.other_ends[i]].tolist():
-            found.append((offset, size, self.extensions[ext]))
-        return {ext: (offset, size) for offset, size, ext in sorted(found)}
+        found = [(entry.image, entry.image_ext), (entry.text, entry.text_ext)]
+        for *extent, ext in self.others[self.other_ends[i - 1] if i else 0 : self.other_ends[i]].tolist():
+            found.append((Extent(*extent), self.extensions[ext]))
+        return {ext: extent for extent, ext in sorted(found)}
 
 
 def build_index(shard: str | Path, state: ShardState | None = None) -> ShardIndex:
@@ -145,7 +147,7 @@ def build_index(shard: str | Path, state: ShardState | None = None) -> ShardInde
     """
     rows: list[tuple[int, ...]] = []
     keys: list[bytes] = []
-    others: list[tuple[int, int, int]] = []
+    others: list[tuple[int, ...]] = []
     other_ends: list[int] = []
     extensions: dict[str, int] = {}
     incomplete: list[tuple[str, str]] = []
@@ -171,7 +173,7 @@ def build_index(shard: str | Path, state: ShardState | None = None) -> ShardInde
             keys.append(key.encode("utf-8"))
             for ext, member in members.items():
                 if ext not in (image, text):
-                    others.append((extensions.setdefault(ext, len(extensions)), member.offset, member.size))
+                    others.append((*member[1:], extensions.setdefault(ext, len(extensions))))
             other_ends.append(len(others))
         after = os.fstat(file.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
@@ -189,7 +191,7 @@ def build_index(shard: str | Path, state: ShardState | None = None) -> ShardInde
         np.asarray(rows, dtype=np.int64),
         np.frombuffer(b"".join(keys), dtype=np.uint8),
         np.cumsum([len(key) for key in keys], dtype=np.int64),
-        np.asarray(others, dtype=np.int64).reshape(-1, 3),
+        np.asarray(others, dtype=np.int64).reshape(-1, 4),
         np.asarray(other_ends, dtype=np.int64),
         list(extensions),
         incomplete,
@@ -276,7 +278,7 @@ def read_index(shard: str | Path, index_dir: Path | None) -> ShardIndex:
         raise DataError(f"shard {shard}: has no index; run `megamoe data index {shard}`") from error
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(damaged) from error
-    if index.table.shape != (index.samples, 6) or {len(index.key_ends), len(index.other_ends)} != {index.samples}:
+    if index.table.shape != (index.samples, 8) or {len(index.key_ends), len(index.other_ends)} != {index.samples}:
         raise DataError(damaged)
     return index
 

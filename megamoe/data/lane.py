@@ -82,9 +82,10 @@ class LanePacker:
         in_a_row = 0
         while not builder.full:
             ref = self._order.locate(self.lane, cursor)
-            name = f"{self._catalog.labels[ref.source][ref.shard]}#sample {ref.sample}"  # until its key is known
+            source = ref.source
+            name = f"{self._catalog.labels[source][ref.shard]}#sample {ref.sample}"  # until its key is known
             try:
-                located = self._catalog.sample(ref.source, ref.shard, ref.sample)
+                located = self._catalog.sample(source, ref.shard, ref.sample)
                 name = located.id
                 image, text = self._catalog.read(located)
                 # text first: it is cheap and decides whether the picture is worth decoding now
@@ -93,10 +94,10 @@ class LanePacker:
                     break
                 started = time.perf_counter()
                 decode_image(image, self._shape.image_size, out=builder.next_picture)
-                counters[ref.source, "decode_seconds"] += time.perf_counter() - started  # type: ignore[assignment]
+                counters[source, "decode_seconds"] += time.perf_counter() - started  # type: ignore[assignment]
             except CorruptSample as corrupt:
                 lost.append(LostSample(self.lane, name, str(corrupt)))
-                counters[ref.source, f"lost_{str(corrupt).partition(':')[0]}"] += 1
+                counters[source, f"lost_{str(corrupt).partition(':')[0]}"] += 1
                 in_a_row += 1
                 if in_a_row == MAX_LOST_IN_A_ROW:
                     raise DataError(
@@ -106,13 +107,13 @@ class LanePacker:
             else:
                 builder.add(caption)
                 samples.append(name)
-                counters[ref.source, "samples"] += 1
-                counters[ref.source, "bytes"] += located.entry.image_size + located.entry.text_size
+                counters[source, "samples"] += 1
+                counters[source, "bytes"] += len(image) + len(text)
                 in_a_row = 0
             if ref.sample == 0:  # a place in the order that every layout comes to once per epoch
-                for left_out, why in self._catalog.left_out(ref.source, ref.shard):
+                for left_out, why in self._catalog.left_out(source, ref.shard):
                     lost.append(LostSample(self.lane, left_out, why))
-                    counters[ref.source, "lost_incomplete"] += 1
+                    counters[source, "lost_incomplete"] += 1
             cursor += 1
         builder.finish()
         return PackedSequence(samples, lost, builder.truncated, builder.targets, cursor, counters)

@@ -11,7 +11,7 @@ import atexit
 import multiprocessing
 import multiprocessing.connection
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,7 +39,8 @@ class StepBatch:
     """One optimizer step of one rank.
 
     Attributes:
-        micro_batches: pairs of pixels uint8 (B, I, H, W, 3) and text int64 (B, 3, L), in the order to run them.
+        micro_batches: pairs of pixels uint8 (B, I, H, W, 3) and text int64 (B, 3, L), in the order to run them. Their
+            memory is written over when the step after the next one is asked for.
         samples: (slot, sample id) of each sample in them, in that order.
         lost: samples that could not be used and were replaced by the next of their lane.
         truncated: captions that were cut to fit an empty sequence.
@@ -111,8 +112,12 @@ class StepLoader(Iterator[StepBatch]):
         self._workers = min(data.workers, len(lanes))
         self._prefetch = data.prefetch
         self._dataset = dataset
+        # A worker has ``prefetch`` items under way, the caller may hold two, and one is on its way between them.
+        self._buffers = data.prefetch + 3
+        self._held: deque[list[WorkerItem]] = deque(maxlen=self._buffers)
         self._make_stream = partial(
             LaneStream,
+            buffers=self._buffers,
             cache=cache,
             tokenizer=tokenizer,
             shape=PackShape(data.sequence_length, data.images_per_sequence, vision.image_size, vision.patches),
@@ -130,6 +135,8 @@ class StepLoader(Iterator[StepBatch]):
         except BaseException:
             self.close()
             raise
+        # As long as they are held here their memory stays mapped, and is not mapped anew each time it comes round.
+        self._held.append(items)
         return self._assemble(items, start)
 
     @property
@@ -165,6 +172,7 @@ class StepLoader(Iterator[StepBatch]):
     def close(self) -> None:
         """End the workers. What they had prepared is dropped; the state is that of the last step handed out."""
         items, self._items = self._items, None
+        self._held.clear()
         atexit.unregister(self.close)
         if items is None:
             return

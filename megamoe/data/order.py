@@ -22,6 +22,7 @@ order after an upgrade.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -150,45 +151,47 @@ class _SourceOrder:
         self._per_window = min(shuffle_shards, shards)
         self._per_epoch = -(-shards // self._per_window)  # windows
         self._first = anchor.window
-        self._starts = [anchor.start]  # of windows _first, _first + 1, ...; the last one's end is not known
+        self._starts: list[int] = []  # of windows _first, _first + 1, ... as far as they are known
+        self._end = anchor.start  # of the last of them
         self._epochs = _Recent(self._epoch_order, 2)
         # lanes drift apart by some sequences, so neighbouring windows are in use at the same time
         self._windows = _Recent(self._window_order, 64, _CACHED_POSITIONS)
 
     def locate(self, position: int) -> SampleRef:
-        assert position >= self._starts[0], "a lane never goes back"
-        while position >= self._starts[-1] + (size := self._size(self._first + len(self._starts) - 1)):
-            self._starts.append(self._starts[-1] + size)
-            self._refuse_empty()
+        assert position >= (self._starts[0] if self._starts else self._end), "a lane never goes back"
+        while position >= self._end:
+            self._learn_next()
         place = bisect.bisect_right(self._starts, position) - 1
-        shards, ends, shuffled = self._windows((self._first + place,))
+        window = self._first + place
+        shards, ends, shuffled = self._windows((window,))
         index = int(shuffled[position - self._starts[place]])
-        which = int(np.searchsorted(ends, index, side="right"))
-        first = int(ends[which - 1]) if which else 0
-        return SampleRef(self._number, (self._first + place) // self._per_epoch, int(shards[which]), index - first)
+        which = bisect.bisect_right(ends, index)
+        first = ends[which - 1] if which else 0
+        return SampleRef(self._number, window // self._per_epoch, shards[which], index - first)
 
     def anchor(self, position: int) -> Anchor:
+        if not self._starts:
+            return Anchor(self._first, self._end)
         place = max(0, bisect.bisect_right(self._starts, position) - 1)
         return Anchor(self._first + place, self._starts[place])
 
-    def _size(self, window: int) -> int:
-        _, ends, _ = self._windows((window,))
-        return int(ends[-1])
-
-    def _refuse_empty(self) -> None:
+    def _learn_next(self) -> None:
+        _, ends, _ = self._windows((self._first + len(self._starts),))
+        self._starts.append(self._end)
+        self._end += ends[-1]
         whole = 2 * self._per_epoch  # so many windows hold every shard at least once, wherever they begin
-        if len(self._starts) > whole and self._starts[-1] == self._starts[-1 - whole]:
+        if len(self._starts) >= whole and self._starts[-whole] == self._end:
             raise ValueError("no shard of the source has a sample")
 
     def _epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
         return _permutation(self._shards, self._seed, _SHARDS, self._number, epoch, 0)
 
-    def _window_order(self, window: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
+    def _window_order(self, window: int) -> tuple[list[int], list[int], npt.NDArray[np.uint32]]:
         """Shards of the window, the place at which each one's samples end, and the permutation of all their samples."""
         epoch, number = divmod(window, self._per_epoch)
-        shards = self._epochs((epoch,))[number * self._per_window : (number + 1) * self._per_window]
-        ends = np.cumsum([self._count(self._number, int(shard)) for shard in shards], dtype=np.int64)
-        shuffled = _permutation(int(ends[-1]), self._seed, _WINDOW, self._number, epoch, number)
+        shards = self._epochs((epoch,))[number * self._per_window : (number + 1) * self._per_window].tolist()
+        ends = list(itertools.accumulate(self._count(self._number, shard) for shard in shards))
+        shuffled = _permutation(ends[-1], self._seed, _WINDOW, self._number, epoch, number)
         return shards, ends, shuffled.astype(np.uint32)
 
 

@@ -57,8 +57,7 @@ def read_samples(
             if limit is not None and given >= limit:
                 return
             try:
-                members = [(entry.image_offset, entry.image_size), (entry.text_offset, entry.text_size)]
-                image, text = storage.read(path, members)
+                image, text = storage.read(path, (entry.image, entry.text))
                 caption = decode_caption(text, entry.text_ext)
                 sample = Sample(name, decode_image(image, image_size), caption)
             except CorruptSample as corrupt:
@@ -75,7 +74,7 @@ def read_captions(specs: Sequence[str], index_dir: Path | None = None, on_lost: 
     with closing(storage):
         for name, path, entry in _entries(specs, index_dir, lose, storage):
             try:
-                (text,) = storage.read(path, [(entry.text_offset, entry.text_size)])
+                (text,) = storage.read(path, [entry.text])
                 caption = decode_caption(text, entry.text_ext)
             except CorruptSample as corrupt:
                 lose(name, str(corrupt))

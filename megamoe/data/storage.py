@@ -7,16 +7,17 @@ cache, which all processes of a node share.
 from __future__ import annotations
 
 import os
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megamoe.data.cache import ShardCache
-from megamoe.data.index import ShardState
+from megamoe.data.index import Extent, ShardState
 from megamoe.data.remote import ShardUnavailable
 from megamoe.data.shards import is_remote
-from megamoe.data.tar import BLOCK, checksum_is_right, header_size
+from megamoe.data.tar import BLOCK
 from megamoe.data.urls import masked
 from megamoe.errors import DataError
 
@@ -45,25 +46,36 @@ class Storage:
         self._open: OrderedDict[str, _OpenShard] = OrderedDict()
         self.counters: Counter[str] = Counter()
 
-    def read(self, shard: str, members: Sequence[tuple[int, int]]) -> list[bytes]:
-        """The contents of ``members`` of ``shard``, each given by the offset and size of its bytes.
+    def read(self, shard: str, extents: Sequence[Extent]) -> list[bytes]:
+        """The contents of members of ``shard``.
 
         Members that lie close together, as those of a sample do, are read at once. The tar header in front of each must
-        be whole and name the same size: a shard that was replaced after it was indexed gives an error, not the bytes of
-        another sample.
+        be the one that was indexed: a shard that was replaced since gives an error, not the bytes of another sample.
 
         Raises:
             ShardUnavailable: the shard cannot be opened or read.
             DataError: it ends too early, or is not what was indexed.
         """
-        first = min(offset for offset, _ in members) - BLOCK
-        last = max(offset + size for offset, size in members)
-        if last - first > sum(size for _, size in members) + _GAP:
+        first = min(extent.offset for extent in extents) - BLOCK
+        last = max(extent.offset + extent.size for extent in extents)
+        if last - first > sum(extent.size for extent in extents) + _GAP:
             return [
-                self._checked(shard, offset - BLOCK, self._bytes(shard, offset - BLOCK, size + BLOCK), [(offset, size)])[0]
-                for offset, size in members
+                self._read(shard, extent.offset - BLOCK, extent.offset + extent.size, [extent])[0] for extent in extents
             ]
-        return self._checked(shard, first, self._bytes(shard, first, last - first), members)
+        return self._read(shard, first, last, extents)
+
+    def _read(self, shard: str, first: int, last: int, extents: Sequence[Extent]) -> list[bytes]:
+        data = self._bytes(shard, first, last - first)
+        contents = []
+        for offset, size, header in extents:
+            at = offset - first
+            if zlib.crc32(data[at - BLOCK : at]) != header:
+                raise DataError(
+                    f"shard {masked(shard)}: changed at byte {offset} since it was indexed; "
+                    f"run `megamoe data index {masked(shard)}`"
+                )
+            contents.append(data[at : at + size])
+        return contents
 
     def _bytes(self, shard: str, start: int, want: int) -> bytes:
         file = self._opened(shard).descriptor
@@ -79,18 +91,6 @@ class Storage:
         except OSError as error:
             raise ShardUnavailable(f"shard {masked(shard)}: cannot be read at byte {start} ({error.strerror})") from error
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _checked(self, shard: str, start: int, data: bytes, members: Sequence[tuple[int, int]]) -> list[bytes]:
-        contents = []
-        for offset, size in members:
-            at = offset - start
-            if not _describes(data[at - BLOCK : at], size):
-                raise DataError(
-                    f"shard {masked(shard)}: changed at byte {offset} since it was indexed; "
-                    f"run `megamoe data index {masked(shard)}`"
-                )
-            contents.append(data[at : at + size])
-        return contents
 
     def state(self, shard: str) -> ShardState:
         """Where ``shard`` lies on this machine, fetched if need be, and what tells it from an earlier one of its name.
@@ -138,10 +138,3 @@ class Storage:
             raise ShardUnavailable(f"shard {masked(shard)}: cannot be opened ({error.strerror}); check the path") from error
         status = os.fstat(descriptor)
         return _OpenShard(descriptor, ShardState(Path(shard), status.st_size, status.st_mtime_ns, ""))
-
-
-def _describes(header: bytes, size: int) -> bool:
-    try:
-        return checksum_is_right(header) and header_size(header) == size
-    except ValueError:
-        return False

@@ -23,11 +23,15 @@ _HAS_NO_DATA = frozenset(b"123456")  # links, devices, folders, fifos: their siz
 
 
 class Member(NamedTuple):
-    """A regular file in a tar: its name, the offset of its first byte in the tar, its size in bytes."""
+    """A regular file in a tar: its name, the offset of its first byte in the tar, its size in bytes.
+
+    ``header`` is the CRC-32 of the 512 bytes in front of it, which tells whether they are still the same.
+    """
 
     name: str
     offset: int
     size: int
+    header: int
 
 
 def walk(shard: str | Path, file: BinaryIO, length: int) -> Iterator[Member]:
@@ -73,7 +77,7 @@ def walk(shard: str | Path, file: BinaryIO, length: int) -> Iterator[Member]:
             raise DataError(_cut(path, length))
         name = attributes.get("path") or _name(header)
         if not name.endswith("/"):  # v7 marks folders that way
-            yield Member(name, data, size)
+            yield Member(name, data, size, zlib.crc32(header))
 
 
 def checksum_is_right(header: bytes) -> bool:

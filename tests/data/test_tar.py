@@ -6,28 +6,35 @@ import io
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamoe.data.index import build_index
-from megamoe.data.tar import Member, checksum_is_right, open_for_walk, walk
+from megamoe.data.tar import checksum_is_right, open_for_walk, walk
 from megamoe.errors import DataError
 from tests.data.shard_factory import sample, write_tar
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 
 
-def members(path: Path) -> list[Member]:
+class Place(NamedTuple):
+    name: str
+    offset: int
+    size: int
+
+
+def members(path: Path) -> list[Place]:
     file, state = open_for_walk(path)
     with file:
-        return list(walk(str(path), file, state.st_size))
+        return [Place(*member[:3]) for member in walk(path, file, state.st_size)]
 
 
-def by_tarfile(path: Path) -> list[Member]:
+def by_tarfile(path: Path) -> list[Place]:
     with tarfile.open(path) as tar:
-        return [Member(info.name, info.offset_data, info.size) for info in tar if info.isreg()]
+        return [Place(info.name, info.offset_data, info.size) for info in tar if info.isreg()]
 
 
 part = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=70)
@@ -78,13 +85,13 @@ def test_sizes_beyond_octal_are_read(tmp_path: Path) -> None:
     with open(path, "wb") as file:  # a file with a hole: nothing of this size is written
         file.write(info.tobuf(tarfile.GNU_FORMAT))
         file.truncate(512 + info.size + 1024)
-    assert members_of_sparse_file(path, 512 + info.size) == [Member("big.jpg", 512, 9 << 30)]
+    assert members_of_sparse_file(path, 512 + info.size) == [Place("big.jpg", 512, 9 << 30)]
 
 
-def members_of_sparse_file(path: Path, end: int) -> list[Member]:
+def members_of_sparse_file(path: Path, end: int) -> list[Place]:
     file, _ = open_for_walk(path)
     with file:
-        return list(walk(str(path), file, end + 1024))
+        return [Place(*member[:3]) for member in walk(path, file, end + 1024)]
 
 
 WHOLE = [member for n in range(3) for member in sample(n)]

@@ -1,0 +1,1 @@
+"""`megamoe bench`: figures of this system beside those of its peers, measured in one run on this machine."""
