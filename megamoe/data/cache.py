@@ -122,7 +122,7 @@ class ShardCache:
             stack.enter_context(file)
             try:
                 size = json.loads(about.read_text())["size"]
-                os.utime(about)
+                _touch(about)
             except (FileNotFoundError, ValueError, KeyError):  # a process died between the two files
                 return None
             if size != os.fstat(file.fileno()).st_size:
@@ -202,6 +202,12 @@ class ShardCache:
                 "free space, set a lower limit for the cache or choose another folder"
             )
         return f"shard cache {self.folder}: cannot be used ({error.strerror or error}); choose a folder that can be written"
+
+
+def _touch(path: Path) -> None:
+    """Used now. By our own clock: the kernel's stands still for milliseconds, in which several shards are used."""
+    now = time.time_ns()
+    os.utime(path, ns=(now, now))
 
 
 def _key(url: str) -> str:
