@@ -151,6 +151,34 @@ def demo(ctx: click.Context) -> None:
     ctx.exit(run_demo())
 
 
+@megamoe.group()
+def bench() -> None:
+    """Measure this system beside its peers, in one run on this machine."""
+
+
+@bench.command(name="data", short_help="The loader beside webdataset.")
+@click.option("--folder", type=PATH, default=Path("data/bench"), show_default=True, help="Where its shards are made.")
+@click.option("--samples", type=click.IntRange(min=2000), default=8000, show_default=True, help="Pictures to read.")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Of each reader, after a first one."
+)
+@click.option("--json", "json_file", type=PATH, metavar="FILE", help="Write all figures there.")
+def bench_data_verb(folder: Path, samples: int, rounds: int, json_file: Path | None) -> None:
+    """Pictures per second that the loader gives, beside webdataset and beside what the cores can decode."""
+    import json
+
+    from megamoe.bench.data import bench_data
+
+    result = bench_data(folder, samples, rounds)
+    click.echo(f"{result['processes']} processes, {result['kilobytes_per_picture']:.1f} KB per picture")
+    for name, rate in result["samples_per_second"].items():
+        click.echo(f"  {name.replace('_', ' '):<26}{rate:>8,.0f} pictures/s")
+    for name in ("ratio_decode_limit", "ratio_webdataset", "ratio_webdataset_simplejpeg"):
+        click.echo(f"  {name:<26}{result[name]:>8.2f}")
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 @megamoe.command(
     short_help="Make and keep shards.",
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []},
