@@ -56,13 +56,12 @@ class Storage:
             ShardUnavailable: the shard cannot be opened or read.
             DataError: it ends too early, or is not what was indexed.
         """
-        first = min(extent.offset for extent in extents) - BLOCK
-        last = max(extent.offset + extent.size for extent in extents)
-        if last - first > sum(extent.size for extent in extents) + _GAP:
-            return [
-                self._read(shard, extent.offset - BLOCK, extent.offset + extent.size, [extent])[0] for extent in extents
-            ]
-        return self._read(shard, first, last, extents)
+        first, last, total = extents[0].offset, 0, 0
+        for offset, size, _ in extents:
+            first, last, total = min(first, offset), max(last, offset + size), total + size
+        if last - first > total + _GAP:
+            return [self._read(shard, e.offset - BLOCK, e.offset + e.size, [e])[0] for e in extents]
+        return self._read(shard, first - BLOCK, last, extents)
 
     def _read(self, shard: str, first: int, last: int, extents: Sequence[Extent]) -> list[bytes]:
         data = self._bytes(shard, first, last - first)
