@@ -18,6 +18,8 @@ class TrainState:
         tokens: Tokens of packed sequences trained on, padding left out.
         samples: Image-text pairs trained on.
         lost: Samples that could not be used so far.
+        recomputed: Steps that were not finite at first.
+        skipped: Steps that were not finite twice, and changed nothing.
         position: Where the run is in its data: :meth:`megamoe.data.state.DataState.to_json`.
         config: The resolved config, as a tree.
         tokenizer: Fingerprint of the tokenizer.
@@ -29,6 +31,8 @@ class TrainState:
     tokens: int
     samples: int
     lost: int
+    recomputed: int
+    skipped: int
     position: dict[str, Any]
     config: dict[str, Any]
     tokenizer: str

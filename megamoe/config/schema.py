@@ -218,6 +218,11 @@ class TrainConfig(Section):
     steps: PositiveInt = Field(1000, description="Optimizer steps.")
     global_batch: PositiveInt = Field(64, description="Packed sequences per optimizer step, over all ranks.")
     micro_batch: PositiveInt = Field(1, description="Packed sequences per forward pass of a rank.")
+    max_skipped: Count = Field(
+        3,
+        description="Steps in a row that may be skipped before the run stops: their loss or gradient is NaN or Inf, also "
+        "when computed once more.",
+    )
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16 keeps fp32 master weights.")
 
 

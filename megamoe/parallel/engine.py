@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ class StepResult:
     z_loss: float
     grad_norm: float
     load: dict[str, list[float]]  # sparse layer -> share of the choices that each expert got
+
+    @property
+    def finite(self) -> bool:
+        """Whether it may count: neither the loss nor the norm is NaN or Inf, and so the weights were updated."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class TrainEngine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from megamoe.config import Config
+from megamoe.data.lane import LostSample
 from megamoe.data.loader import StepBatch
 from megamoe.data.tokenizer import Tokenizer
 from megamoe.metrics import jsonl
@@ -77,6 +79,11 @@ class RunRecords:
             for sample in batch.lost:
                 line = {"step": step, "slot": sample.slot, "id": sample.id, "reason": sample.reason}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def write_skipped(self, step: int, batch: StepBatch, what: str) -> None:
+        """Name the samples of this rank's batch that no update came of, for its loss was not finite: ``what``."""
+        lost = [LostSample(slot, name, f"step skipped: {what}") for slot, name in batch.samples]
+        self.write_lost(step, replace(batch, lost=lost))
 
     def write_quarantine(self, step: int, shards: Mapping[str, tuple[int, str]]) -> None:
         """Name shards that are not read from ``step`` on: with each the samples it counts for, and why."""

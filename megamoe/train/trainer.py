@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import time
 from pathlib import Path
 
@@ -63,6 +62,7 @@ class Trainer:
         self.loader = self._build_loader(data) if self.engine.loads_data else None
         self.checkpointer = Checkpointer(config, self.engine)
         self.step, self.tokens, self.samples, self.lost = 0, 0, 0, 0
+        self.recomputed, self.skipped, self._skipped_in_a_row = 0, 0, 0
         if checkpoint is not None:
             self._resume(checkpoint)
         if self.rank == 0:
@@ -76,7 +76,7 @@ class Trainer:
         """Train until ``train.steps`` steps are done.
 
         Raises:
-            NonFiniteError: loss or gradient is NaN or Inf; nothing was updated by that step.
+            NonFiniteError: loss or gradient of more than ``train.max_skipped`` steps in a row is NaN or Inf.
             DataError: too many samples cannot be used, or a shard cannot be read.
             CheckpointError: a checkpoint cannot be written.
         """
@@ -102,16 +102,37 @@ class Trainer:
                 self.records.write_lost(self.step + 1, batch)
             check_losses(self.lost, self.samples, self.config.data.max_corrupt)
         lr = learning_rate(self.config.optim, self.step + 1, self.config.train.steps)
-        result = self.engine.step(batch.micro_batches if batch is not None else [], totals.targets, lr)
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise NonFiniteError(
-                f"step {self.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; the step was not applied; "
-                f"lower optim.lr or look at the samples of this step (data.audit=true)"
-            )
+        result = self._compute(batch, totals, lr)
         self.step += 1
         given, reading = reading_totals(batch, self.sources, self.device)
         record = self._record(result, totals, lr, batch, time.perf_counter() - started)
-        self.records.write(record | {"sources": given, "reading": reading}, batch)
+        self.records.write(record | {"sources": given, "reading": reading}, batch if result.finite else None)
+
+    def _compute(self, batch: StepBatch | None, totals: StepTotals, lr: float) -> StepResult:
+        """Take the step. One that is not finite leaves the state as it was and is computed once more.
+
+        A fault that passes so leaves no trace. If it comes again, all ranks go on without the update, and the samples
+        are named.
+        """
+        micro_batches = batch.micro_batches if batch is not None else []
+        result = self.engine.step(micro_batches, totals.targets, lr)
+        if not result.finite:
+            self.recomputed += 1
+            result = self.engine.step(micro_batches, totals.targets, lr)
+        if result.finite:
+            self._skipped_in_a_row = 0
+            return result
+        what = f"loss {result.loss}, gradient norm {result.grad_norm}"
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row > self.config.train.max_skipped:
+            raise NonFiniteError(
+                f"step {self.step + 1}: {what}, twice, and no update for {self._skipped_in_a_row - 1} steps before it "
+                f"(train.max_skipped); lower optim.lr or look at the samples in the run's folder lost/"
+            )
+        if batch is not None:
+            self.records.write_skipped(self.step + 1, batch, what)
+        return result
 
     def _record(
         self, result: StepResult, totals: StepTotals, lr: float, batch: StepBatch | None, seconds: float
@@ -128,6 +149,8 @@ class Trainer:
             "samples": self.samples,
             "lost": self.lost,
             "truncated": totals.truncated,
+            "recomputed": self.recomputed,
+            "skipped": self.skipped,
             "step_seconds": seconds,
             "data_seconds": batch.wait_seconds if batch is not None else 0.0,
             "tokens_per_second": totals.tokens / seconds,
@@ -167,6 +190,8 @@ class Trainer:
             tokens=self.tokens,
             samples=self.samples,
             lost=self.lost,
+            recomputed=self.recomputed,
+            skipped=self.skipped,
             position=whole_state(self.loader, self.config.train.global_batch).to_json(),
             config=self.config.model_dump(mode="json"),
             versions={"megamoe": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
@@ -176,6 +201,7 @@ class Trainer:
     def _resume(self, checkpoint: Path) -> None:
         state = self.checkpointer.load(checkpoint)
         self.step, self.tokens, self.samples, self.lost = state.step, state.tokens, state.samples, state.lost
+        self.recomputed, self.skipped = state.recomputed, state.skipped
         if self.loader is not None:
             self.loader.go_on_from(DataState.from_json(state.position, f"checkpoint {checkpoint}"))
 
