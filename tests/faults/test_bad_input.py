@@ -133,8 +133,8 @@ def test_a_manifest_cannot_lead_out_of_its_folder(folder: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(folder: Path) -> None:
     done = megamoe(
-        "train", "config.yaml", "run.name=nan", "train.steps=9", "optim.lr=1e38", "optim.clip=0", "optim.warmup=0", folder=folder,
-        check=False,
+        "train", "config.yaml", "run.name=nan", "train.steps=9", "optim.lr=1e38", "optim.clip=0", "optim.warmup=0",
+        folder=folder, check=False,
     )  # fmt: skip
     assert done.returncode not in (0, 2)
     rows = metrics(folder / "runs/nan")
