@@ -21,3 +21,7 @@ class CheckpointError(UserError):
 
 class NonFiniteError(RuntimeError):
     """Loss or gradient became NaN or Inf; the weights were left as they were before the step."""
+
+
+class DisagreementError(RuntimeError):
+    """What must be equal on several ranks is not; training on would spread the fault."""

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from launcher.ranks import free_port
+
 ROOT = Path(__file__).parent.parent
 LOSSES = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm")
 
@@ -103,6 +105,23 @@ def train(
     """Train run ``name`` on ``nproc`` ranks and return its metrics."""
     megamoe("train", config, "--nproc", str(nproc), "--resume", resume, f"run.name={name}", *overrides, folder=folder)
     return metrics(folder / "runs" / name)
+
+
+def with_fault(
+    folder: Path, script: str, fault: str, nproc: int, *arguments: str, timeout: float = 120
+) -> list[tuple[int, str]]:
+    """Run ``tests/faults/SCRIPT FAULT train ARGUMENTS`` as torchrun would; (status, stderr) of each rank."""
+    command = [sys.executable, str(ROOT / "tests/faults" / script), fault, "train", *arguments]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
+    ranks = [
+        subprocess.Popen(
+            command, cwd=folder, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(nproc)
+    ]
+    said = [rank.communicate(timeout=timeout)[1] for rank in ranks]
+    return [(rank.returncode, text) for rank, text in zip(ranks, said, strict=True)]
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

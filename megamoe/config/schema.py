@@ -218,6 +218,11 @@ class TrainConfig(Section):
     steps: PositiveInt = Field(1000, description="Optimizer steps.")
     global_batch: PositiveInt = Field(64, description="Packed sequences per optimizer step, over all ranks.")
     micro_batch: PositiveInt = Field(1, description="Packed sequences per forward pass of a rank.")
+    check_every: Count = Field(
+        100,
+        description="Steps between comparisons of what must be equal on several ranks (weights, bit by bit); they are made "
+        "before each checkpoint as well. 0: never.",
+    )
     max_skipped: Count = Field(
         3,
         description="Steps in a row that may be skipped before the run stops: their loss or gradient is NaN or Inf, also "

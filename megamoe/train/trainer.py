@@ -23,6 +23,7 @@ from megamoe.data.state import DataState
 from megamoe.data.tokenizer import Tokenizer
 from megamoe.errors import DataError, NonFiniteError
 from megamoe.metrics.audit import truncate_audit
+from megamoe.parallel.agreement import check_agreement
 from megamoe.parallel.engine import StepResult, TrainEngine
 from megamoe.parallel.layout import Layout
 from megamoe.parallel.memory import peak_memory, predict_memory
@@ -77,6 +78,7 @@ class Trainer:
 
         Raises:
             NonFiniteError: loss or gradient of more than ``train.max_skipped`` steps in a row is NaN or Inf.
+            DisagreementError: what must be equal on several ranks is not.
             DataError: too many samples cannot be used, or a shard cannot be read.
             CheckpointError: a checkpoint cannot be written.
         """
@@ -84,6 +86,8 @@ class Trainer:
             while self.step < self.config.train.steps:
                 self._step()
                 if self.step % self.config.checkpoint.every == 0 or self.step == self.config.train.steps:
+                    if self.config.train.check_every:
+                        self._check_agreement()  # or the next start would go on from the fault
                     self.checkpointer.save(self._state())
             self._report_memory()
         finally:
@@ -104,6 +108,8 @@ class Trainer:
         lr = learning_rate(self.config.optim, self.step + 1, self.config.train.steps)
         result = self._compute(batch, totals, lr)
         self.step += 1
+        if self.config.train.check_every and self.step % self.config.train.check_every == 0:
+            self._check_agreement()
         given, reading = reading_totals(batch, self.sources, self.device)
         record = self._record(result, totals, lr, batch, time.perf_counter() - started)
         self.records.write(record | {"sources": given, "reading": reading}, batch if result.finite else None)
@@ -133,6 +139,10 @@ class Trainer:
         if batch is not None:
             self.records.write_skipped(self.step + 1, batch, what)
         return result
+
+    def _check_agreement(self) -> None:
+        aside = self.loader.state.quarantine if self.loader is not None else None
+        check_agreement(self.layout, self.engine.parameters, self.step, aside, self.device)
 
     def _record(
         self, result: StepResult, totals: StepTotals, lr: float, batch: StepBatch | None, seconds: float

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.training import ROOT, audit, largest_difference, make_data, metrics, small_config, train, write_config
+from tests.training import audit, largest_difference, make_data, metrics, small_config, train, with_fault, write_config
 
 LAYOUTS = {
     "expert 2": ["parallel.expert=2"],
@@ -29,16 +26,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def poisoned(folder: Path, name: str, computations: str, overrides: list[str]) -> Path:
-    """Run two ranks as torchrun would, with a NaN in some computations."""
-    script = [sys.executable, str(ROOT / "tests/faults/poisoned.py"), computations]
-    arguments = ["train", "config.yaml", f"run.name={name}", *overrides]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
-    ranks = [
-        subprocess.Popen([*script, *arguments], cwd=folder, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    """A run of two ranks with a NaN in some computations."""
+    ended = with_fault(folder, "poisoned.py", computations, 2, "config.yaml", f"run.name={name}", *overrides)
+    assert [status for status, _ in ended] == [0, 0], ended
     return folder / "runs" / name
 
 
