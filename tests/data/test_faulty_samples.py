@@ -94,6 +94,7 @@ def with_size(jpeg: bytes, side: int) -> bytes:
     return jpeg[: frame + 5] + struct.pack(">HH", side, side) + jpeg[frame + 9 :]
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest undoes that the decoder ignores it
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_pictures_are_lost_with_their_reason(tmp_path: Path, tokenizer: Tokenizer, workers: int) -> None:
     jpeg, png = picture(1), picture(1, "PNG")
