@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -221,11 +222,9 @@ def test_samples_left_out_are_counted_once_an_epoch_and_evenly(tmp_path: Path, t
     with make_loader(data, tokenizer) as loader:
         for _ in range(18):
             seen.add(next(loader))
-            read = len(seen.losses) + seen.used.total()
-            assert len(seen.losses) <= 0.2 * read + 8
+            # a quarter of those used, within three standard deviations of drawing half of 80 without replacement
+            assert abs(len(seen.losses) - seen.used.total() / 4) < 6
     epochs = seen.used.total() / 80
     assert epochs > 2
-    assert {name: reason for name, reason in seen.lost.items()} == {
-        f"0.tar#stray{n}": "incomplete: no caption" for n in range(20)
-    }
-    assert abs(len(seen.losses) - 20 * epochs) < 8
+    assert seen.lost == {f"0.tar#stray{n}": "incomplete: no caption" for n in range(20)}
+    assert set(Counter(each.id for each in seen.losses).values()) <= {int(epochs), int(epochs) + 1}
