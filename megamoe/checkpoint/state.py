@@ -25,6 +25,7 @@ class TrainState:
         tokenizer: Fingerprint of the tokenizer.
         data: Fingerprint of the training shards.
         versions: Versions of the packages that wrote the checkpoint.
+        lost_shard: Those of ``lost`` whose shard is in quarantine.
     """
 
     step: int
@@ -38,6 +39,7 @@ class TrainState:
     tokenizer: str
     data: str
     versions: dict[str, str] = field(default_factory=dict)
+    lost_shard: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""

@@ -48,6 +48,10 @@ class Fetched:
     seconds: float
 
 
+class CacheUnusable(DataError):
+    """The cache itself cannot be written or read; another shard would fare no better."""
+
+
 class ShardCache:
     """Keeps shards under the hash of their whole URL, query included, so that equal file names never mix.
 
@@ -72,7 +76,8 @@ class ShardCache:
 
         Raises:
             ShardUnavailable: it cannot be had.
-            DataError: the cache cannot be written, its disk is full, or the shard is larger than the limit.
+            CacheUnusable: the cache cannot be written, or its disk is full.
+            DataError: the shard is larger than the limit.
         """
         file, fetched = self.open(url)
         file.close()
@@ -91,7 +96,7 @@ class ShardCache:
                     file = open(self._path(key, "tar"), "rb")  # noqa: SIM115 (the caller's)
                 about = json.loads(self._path(key, "json").read_text())
         except OSError as error:
-            raise DataError(self._unusable(url, error)) from error
+            raise CacheUnusable(self._unusable(url, error)) from error
         seconds = time.monotonic() - started
         return file, Fetched(
             path=self._path(key, "tar"),
@@ -109,7 +114,7 @@ class ShardCache:
             with self._lock(_key(url)):
                 self._remove(_key(url))
         except OSError as error:
-            raise DataError(self._unusable(url, error)) from error
+            raise CacheUnusable(self._unusable(url, error)) from error
 
     def _cached(self, key: str) -> BinaryIO | None:
         """The shard, open, if it is there and whole; it counts as used now."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from megamoe.data.cache import CacheUnusable, ShardCache
 from megamoe.data.decode import CorruptSample
 from megamoe.data.index import SampleEntry, ShardIndex, learn_index, read_index
 from megamoe.data.remote import ShardUnavailable
@@ -30,7 +32,7 @@ class BadShard(DataError):
     """A shard that cannot be used now: not to be had, damaged, or not what was indexed.
 
     Attributes:
-        shard: its name.
+        shard: its name in sample ids, which holds no secret and stays when the data moves.
         count: its samples, -1 if that was never learnt.
     """
 
@@ -40,6 +42,10 @@ class BadShard(DataError):
 
     def __reduce__(self) -> tuple[type[BadShard], tuple[str, str, int]]:
         return BadShard, (str(self), self.shard, self.count)
+
+
+class InQuarantine(CorruptSample):
+    """The sample's shard is not read any more."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +73,25 @@ class DataSet:
         sources: at least one.
         index_dir: where indexes are that do not lie beside their shards; learnt ones are written there.
         held_out: share of the samples, chosen by their keys, that training does not see.
-        quarantine: shards that are not read any more, and the samples that each one counts for in the order.
+        quarantine: shards that are not read any more, by their names in sample ids, and the samples that each one counts
+            for in the order.
     """
 
     sources: Sequence[Source]
     index_dir: Path | None = None
     held_out: float = 0.0
     quarantine: Quarantine = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Known:
+    index: ShardIndex
+    kept: npt.NDArray[np.int64] | None  # numbers of the samples that are not held out; None: all
+    left_out: list[tuple[str, str]]  # keys that are never read, and why
+
+    @property
+    def samples(self) -> int:
+        return self.index.samples if self.kept is None else len(self.kept)
 
 
 class Catalog:
@@ -87,7 +105,7 @@ class Catalog:
         self._storage = storage
         labels = iter(shard_labels([shard for source in data.sources for shard in source.shards]))
         self.labels = [[next(labels) for _ in source.shards] for source in data.sources]
-        self._loaded: OrderedDict[str, tuple[ShardIndex, npt.NDArray[np.int64] | None]] = OrderedDict()
+        self._loaded: OrderedDict[str, _Known] = OrderedDict()
 
     def count(self, source: int, shard: int) -> int:
         """Samples of a shard that training reads. Learns its index if this is the first time.
@@ -95,34 +113,39 @@ class Catalog:
         Raises:
             BadShard: it cannot be used, and is not in quarantine.
         """
-        name = self._data.sources[source].shards[shard]
-        if name in self._data.quarantine:
-            return self._data.quarantine[name]
-        index, kept = self._index(name)
-        return index.samples if kept is None else len(kept)
+        label = self.labels[source][shard]
+        if label in self._data.quarantine:
+            return self._data.quarantine[label]
+        return self._index(self._data.sources[source].shards[shard]).samples
 
     def sample(self, source: int, shard: int, sample: int) -> Located:
         """Sample number ``sample`` of those that :meth:`count` counts.
 
         Raises:
-            CorruptSample: its shard is in quarantine.
+            InQuarantine: its shard is.
             BadShard: its shard cannot be used.
         """
         name, label = self._data.sources[source].shards[shard], self.labels[source][shard]
-        if name in self._data.quarantine:
-            raise CorruptSample("shard: in quarantine")
-        index, kept = self._index(name)
-        entry = index.sample(sample if kept is None else int(kept[sample]))
+        if label in self._data.quarantine:
+            raise InQuarantine("shard: in quarantine")
+        known = self._index(name)
+        entry = known.index.sample(sample if known.kept is None else int(known.kept[sample]))
         return Located(f"{label}#{entry.key}", name, entry)
 
-    def left_out(self, source: int, shard: int) -> list[tuple[str, str]]:
-        """Samples of a shard that are never read: (id, why). They lack a picture or a caption, or their key comes twice."""
-        name, label = self._data.sources[source].shards[shard], self.labels[source][shard]
-        if name in self._data.quarantine:
+    def left_out(self, source: int, shard: int, sample: int) -> list[tuple[str, str]]:
+        """Samples that are never read and are to be counted with number ``sample`` of their shard: (id, why).
+
+        They lack a picture or a caption, or their key comes twice. They are spread evenly over those that are read, so
+        that at any time their share is that of the shards read so far.
+        """
+        label = self.labels[source][shard]
+        if label in self._data.quarantine:
             return []
-        index, _ = self._index(name)
-        twice = [(key, "incomplete: its key comes twice") for key in index.duplicates]
-        return [(f"{label}#{key}", why) for key, why in [(k, f"incomplete: {w}") for k, w in index.incomplete] + twice]
+        known = self._index(self._data.sources[source].shards[shard])
+        if not known.left_out:
+            return []
+        first, last = (n * len(known.left_out) // known.samples for n in (sample, sample + 1))
+        return [(f"{label}#{key}", f"incomplete: {why}") for key, why in known.left_out[first:last]]
 
     def read(self, located: Located) -> tuple[bytes, bytes]:
         """Bytes of the picture and of the caption of a located sample.
@@ -133,46 +156,69 @@ class Catalog:
         try:
             image, text = self._storage.read(located.shard, (located.entry.image, located.entry.text))
             return image, text
+        except CacheUnusable:  # a full disk of ours is no fault of the shard
+            raise
         except DataError as error:
             raise self._bad(located.shard, error) from error
 
-    def _index(self, shard: str) -> tuple[ShardIndex, npt.NDArray[np.int64] | None]:
-        """The index of ``shard`` and, if some samples are held out, the numbers of the others."""
+    def _index(self, shard: str) -> _Known:
         if shard in self._loaded:
             self._loaded.move_to_end(shard)
             return self._loaded[shard]
         try:
             index = learn_index(shard, self._data.index_dir, self._storage.state(shard))
+        except CacheUnusable:
+            raise
         except DataError as error:
             raise self._bad(shard, error) from error
-        kept = _trained_on(index, self._data.held_out) if self._data.held_out else None
-        self._loaded[shard] = index, kept
-        held = sum(known.samples for known, _ in self._loaded.values())
+        known = self._loaded[shard] = _known(index, self._data.held_out)
+        held = sum(each.index.samples for each in self._loaded.values())
         while held > _CACHED_SAMPLES and len(self._loaded) > 1:
-            held -= self._loaded.popitem(last=False)[1][0].samples
-        return index, kept
+            held -= self._loaded.popitem(last=False)[1].index.samples
+        return known
 
     def _bad(self, shard: str, error: DataError) -> BadShard:
         if not isinstance(error, ShardUnavailable):
             self._storage.forget(shard)  # a page of HTML in place of a tar must not stay in the cache
-        known = self._loaded.get(shard)
-        count = -1 if known is None else known[0].samples if known[1] is None else len(known[1])
-        return BadShard(str(error), shard, count)
+        label = next(
+            label
+            for source, labels in zip(self._data.sources, self.labels, strict=True)
+            for name, label in zip(source.shards, labels, strict=True)
+            if name == shard
+        )
+        return BadShard(str(error), label, self._loaded[shard].samples if shard in self._loaded else -1)
 
 
-def learnt_count(data: DataSet, shard: str) -> int:
-    """What :meth:`Catalog.count` says of ``shard`` if its index can be read, whether or not the shard can; else -1."""
-    try:
-        index = read_index(shard, data.index_dir)
-    except DataError:
-        return -1
-    return len(_trained_on(index, data.held_out))
+def learnt_count(data: DataSet, shard: str, cache: ShardCache | None, fetch: bool) -> int:
+    """What :meth:`Catalog.count` says of ``shard`` (its name in sample ids) by its index, whatever the shard is like now.
+
+    Without an index the shard itself is asked for if ``fetch`` is set. -1 if that does not help.
+    """
+    with closing(Storage(cache)) as storage:
+        catalog = Catalog(replace(data, quarantine={}), storage)
+        ((source, number),) = ((s, labels.index(shard)) for s, labels in enumerate(catalog.labels) if shard in labels)
+        try:
+            return _known(read_index(data.sources[source].shards[number], data.index_dir), data.held_out).samples
+        except DataError:
+            if not fetch:
+                return -1
+        try:
+            return catalog.count(source, number)
+        except DataError:
+            return -1
 
 
-def _trained_on(index: ShardIndex, share: float) -> npt.NDArray[np.int64]:
-    """Numbers of the samples that are not held out."""
-    hashes = np.array([key_hash(index.key(i)) for i in range(index.samples)], dtype=np.uint64)
-    return np.flatnonzero(~held_out(hashes, share))
+def _known(index: ShardIndex, share: float) -> _Known:
+    left_out = [*index.incomplete, *((key, "its key comes twice") for key in index.duplicates)]
+    if not share:
+        return _Known(index, None, left_out)
+    kept = np.flatnonzero(~_held_out([index.key(i) for i in range(index.samples)], share))
+    others = ~_held_out([key for key, _ in left_out], share)
+    return _Known(index, kept, [each for each, is_ours in zip(left_out, others, strict=True) if is_ours])
+
+
+def _held_out(keys: Sequence[str], share: float) -> npt.NDArray[np.bool_]:
+    return held_out(np.array([key_hash(key) for key in keys], dtype=np.uint64), share)
 
 
 def data_fingerprint(data: DataSet) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -21,6 +22,7 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 64 * 1024 * 1024  # a header that claims more is taken for a decompression bomb
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # these are refused here, with one line
 _ORIENTATION = 0x0112
 _START_OF_SCAN = 0xDA
 _EXIF = 0xE1

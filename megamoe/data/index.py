@@ -244,8 +244,9 @@ def load_index(shard: str | Path, index_dir: Path | None, state: ShardState | No
     index = read_index(shard, index_dir)
     header, now = index.header, state or ShardState.of_file(Path(shard))
     if now.bytes != header.bytes or now.mtime_ns > header.mtime_ns or now.identity != header.identity:
-        path = index_path(shard, index_dir)
-        raise DataError(f"index {path} is older than its shard {shard}: run `megamoe data index {shard}`")
+        raise DataError(
+            f"index {index_path(shard, index_dir)} is older than its shard {masked(str(shard))}: {_remedy(shard)}"
+        )
     return index
 
 
@@ -256,12 +257,12 @@ def read_index(shard: str | Path, index_dir: Path | None) -> ShardIndex:
         DataError: it is missing, damaged or of another format.
     """
     path = index_path(shard, index_dir)
-    damaged = f"index {path}: damaged; run `megamoe data index {shard}`"
+    damaged = f"index {path}: damaged; {_remedy(shard)}"
     try:
         with np.load(path, allow_pickle=False) as arrays:
             content = json.loads(arrays["header"].tobytes())
             if content["format"] != FORMAT:
-                raise DataError(f"index {path}: format {content['format']}, not {FORMAT}; run `megamoe data index {shard}`")
+                raise DataError(f"index {path}: format {content['format']}, not {FORMAT}; {_remedy(shard)}")
             names = json.loads(arrays["names"].tobytes())
             index = ShardIndex(
                 IndexHeader(**content),
@@ -275,7 +276,7 @@ def read_index(shard: str | Path, index_dir: Path | None) -> ShardIndex:
                 names["duplicates"],
             )
     except FileNotFoundError as error:
-        raise DataError(f"shard {shard}: has no index; run `megamoe data index {shard}`") from error
+        raise DataError(f"shard {masked(str(shard))}: has no index; {_remedy(shard)}") from error
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(damaged) from error
     if index.table.shape != (index.samples, 8) or {len(index.key_ends), len(index.other_ends)} != {index.samples}:
@@ -318,6 +319,12 @@ def groups(members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]
         group[ext] = member
     if current is not None:
         yield current, group
+
+
+def _remedy(shard: str | Path) -> str:
+    if is_remote(str(shard)):
+        return "put the shard back that it was made from, or remove it and start a new run"
+    return f"run `megamoe data index {shard}`"
 
 
 def _has_caption(file: BinaryIO, member: Member) -> bool:

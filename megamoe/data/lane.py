@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megamoe.data.catalog import Catalog
+from megamoe.data.catalog import Catalog, InQuarantine
 from megamoe.data.decode import CorruptSample, decode_caption, decode_image
 from megamoe.data.order import SampleOrder
 from megamoe.data.pack import PackShape, SequenceBuilder
@@ -98,7 +98,7 @@ class LanePacker:
             except CorruptSample as corrupt:
                 lost.append(LostSample(self.lane, name, str(corrupt)))
                 counters[source, f"lost_{str(corrupt).partition(':')[0]}"] += 1
-                in_a_row += 1
+                in_a_row += not isinstance(corrupt, InQuarantine)  # which are many in a row, and others follow
                 if in_a_row == MAX_LOST_IN_A_ROW:
                     raise DataError(
                         f"sample {name}: {corrupt}; it is number {in_a_row} in a row that cannot be used, "
@@ -110,10 +110,9 @@ class LanePacker:
                 counters[source, "samples"] += 1
                 counters[source, "bytes"] += len(image) + len(text)
                 in_a_row = 0
-            if ref.sample == 0:  # a place in the order that every layout comes to once per epoch
-                for left_out, why in self._catalog.left_out(source, ref.shard):
-                    lost.append(LostSample(self.lane, left_out, why))
-                    counters[source, "lost_incomplete"] += 1
+            for left_out, why in self._catalog.left_out(source, ref.shard, ref.sample):
+                lost.append(LostSample(self.lane, left_out, why))
+                counters[source, "lost_incomplete"] += 1
             cursor += 1
         builder.finish()
         return PackedSequence(samples, lost, builder.truncated, builder.targets, cursor, counters)

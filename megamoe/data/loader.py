@@ -112,6 +112,7 @@ class StepLoader(Iterator[StepBatch]):
         self._workers = min(data.workers, len(lanes))
         self._prefetch = data.prefetch
         self._dataset = dataset
+        self._cache = cache
         # A worker has ``prefetch`` items under way, the caller may hold two, and one is on its way between them.
         self._buffers = data.prefetch + 3
         self._held: deque[list[WorkerItem]] = deque(maxlen=self._buffers)
@@ -158,12 +159,12 @@ class StepLoader(Iterator[StepBatch]):
         self._restart(replace(state, cursors={lane: state.cursors[lane] for lane in self._state.cursors}))
 
     def set_aside(self, state: DataState, shards: Mapping[str, int]) -> None:
-        """Go on from ``state``, an earlier one of this loader, without ``shards`` (name -> samples they count for)."""
+        """Go on from ``state``, an earlier one of this loader, without ``shards``: samples they count for, by name."""
         self._restart(replace(state, quarantine={**state.quarantine, **shards}))
 
-    def known_count(self, shard: str) -> int:
-        """Samples of ``shard`` that training reads as far as this node has learnt; -1 if it has not."""
-        return learnt_count(self._dataset, shard)
+    def count(self, shard: str, fetch: bool) -> int:
+        """Samples of ``shard`` that training reads as far as this node has learnt, or, with ``fetch``, can; else -1."""
+        return learnt_count(self._dataset, shard, self._cache, fetch)
 
     def _restart(self, state: DataState) -> None:
         self.close()

@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megamoe.errors import DataError
+
 BLOCK = 1 << 14  # positions after which the shares of the sources are met exactly
 _WORD = (1 << 64) - 1
 _SHARDS, _WINDOW, _MIXTURE = 0, 1, 2  # what a permutation is of: keeps the families of streams apart
@@ -69,7 +71,7 @@ class SampleOrder:
     Memory is O(shards) per epoch in use and O(samples of a window) per window in use; nothing grows with the samples.
 
     Raises:
-        ValueError: from :meth:`locate`: all shards of a source are empty.
+        DataError: from :meth:`locate`: all shards of a source are empty.
     """
 
     def __init__(
@@ -181,7 +183,10 @@ class _SourceOrder:
         self._end += ends[-1]
         whole = 2 * self._per_epoch  # so many windows hold every shard at least once, wherever they begin
         if len(self._starts) >= whole and self._starts[-whole] == self._end:
-            raise ValueError("no shard of the source has a sample")
+            raise DataError(
+                f"data.train: no shard of source {self._number} has a sample to train on, all are held out or in "
+                "quarantine; add shards or lower data.held_out"
+            )
 
     def _epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
         return _permutation(self._shards, self._seed, _SHARDS, self._number, epoch, 0)

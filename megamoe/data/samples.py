@@ -91,14 +91,17 @@ def _entries(
         state = storage.state(shard)
         known = (index_dir is not None or not is_remote(shard)) and index_path(shard, index_dir).exists()
         index = load_index(shard, index_dir, state) if known else build_index(shard, state)
-        for key, why in index.incomplete:
-            lose(f"{label}#{key}", why)
-        for key in index.duplicates:
-            lose(f"{label}#{key}", "key comes twice")
+        for key, why in [*index.incomplete, *((key, "key comes twice") for key in index.duplicates)]:
+            if _is_read(key, share):
+                lose(f"{label}#{key}", why)
         for i in range(index.samples):
             entry = index.sample(i)
-            if share == 1.0 or held_out(np.array([key_hash(entry.key)], dtype=np.uint64), share)[0]:
+            if _is_read(entry.key, share):
                 yield f"{label}#{entry.key}", shard, entry
+
+
+def _is_read(key: str, share: float) -> bool:
+    return share == 1.0 or bool(held_out(np.array([key_hash(key)], dtype=np.uint64), share)[0])
 
 
 def _log(name: str, reason: str) -> None:

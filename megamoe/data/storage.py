@@ -69,10 +69,8 @@ class Storage:
         for offset, size, header in extents:
             at = offset - first
             if zlib.crc32(data[at - BLOCK : at]) != header:
-                raise DataError(
-                    f"shard {masked(shard)}: changed at byte {offset} since it was indexed; "
-                    f"run `megamoe data index {masked(shard)}`"
-                )
+                remedy = "start again to fetch it anew" if is_remote(shard) else f"run `megamoe data index {shard}`"
+                raise DataError(f"shard {masked(shard)}: changed at byte {offset} since it was indexed; {remedy}")
             contents.append(data[at : at + size])
         return contents
 

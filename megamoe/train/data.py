@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,67 +13,99 @@ from megamoe.data.loader import StepBatch, StepLoader
 from megamoe.data.order import Anchor
 from megamoe.data.state import DataState, earliest
 from megamoe.errors import DataError
-from megamoe.train.records import RunRecords
+from megamoe.train.records import LeftOutShard, RunRecords
 from megamoe.train.totals import StepTotals, step_totals
 
-logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class _Failure(NamedTuple):
+    """Why a rank has no batch. ``shard`` is None if it is more than a shard that cannot be used."""
+
+    shard: str | None
+    reason: str
+    samples: int
 
 
 def next_batch(
     loader: StepLoader | None, data: DataConfig, records: RunRecords, step: int, device: torch.device
 ) -> tuple[StepBatch | None, StepTotals]:
-    """This rank's part of the next step, and the counts over all ranks. All ranks call.
+    """This rank's part of the next step, and the counts over all ranks. All ranks call, and all come to the same end.
 
     Raises:
-        BadShard: a shard cannot be used and ``data.bad_shards`` says to stop.
-        DataError: more than ``data.max_bad_shards`` shards cannot be used, or too many samples in a row.
+        DataError: on all ranks, what one of them met: a shard that cannot be used while ``data.bad_shards`` says to stop,
+            more than ``data.max_bad_shards`` of them, or too many samples in a row.
     """
     while True:
         before = loader.state if loader is not None else None
-        batch, bad = None, None
+        batch, mine = None, None
         try:
             batch = next(loader) if loader is not None else None
         except BadShard as error:
-            if data.bad_shards == "stop":
-                raise
-            bad = error
-        totals = step_totals(batch, bad is not None, device)
-        if not totals.bad_shards:
+            mine = _Failure(error.shard, str(error), error.count)
+        except DataError as error:
+            mine = _Failure(None, str(error), -1)
+        totals = step_totals(batch, mine is not None, device)
+        if not totals.failed:
             return batch, totals
-        shards = _agree(loader, bad)
+        failures = _gather(mine)
+        for failure in failures:
+            if failure is not None and (failure.shard is None or data.bad_shards == "stop"):
+                raise DataError(failure.reason)
+        shards = _left_out(failures, loader)
         if loader is not None and before is not None:
-            loader.set_aside(before, {shard: max(0, count) for shard, (count, _) in shards.items()})
-            _check_limit(loader.state, data.max_bad_shards)
-        records.write_quarantine(step, {shard: (max(0, count), why) for shard, (count, why) in shards.items()})
+            loader.set_aside(before, {name: shard.samples for name, shard in shards.items()})
+        records.write_quarantine(step, shards)
+        _check_limit(loader, data.max_bad_shards)
 
 
 def whole_state(loader: StepLoader | None, lanes: int) -> DataState:
     """The state of all ``lanes``, put together from the ranks that carry them. All ranks call."""
-    everyone: list[DataState | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, loader.state if loader is not None else None)
-    states = [state for state in everyone if state is not None]
+    states = [state for state in _gather(loader.state if loader is not None else None) if state is not None]
     cursors = {lane: cursor for state in states for lane, cursor in state.cursors.items()}
     assert sorted(cursors) == list(range(lanes))
     anchors: tuple[Anchor, ...] = earliest(state.anchors for state in states)
     return DataState(cursors, anchors, states[0].quarantine)
 
 
-def _agree(loader: StepLoader | None, bad: BadShard | None) -> dict[str, tuple[int, str]]:
-    """Shards that some rank cannot use: samples they count for if any rank knows (-1 if none does), and why."""
-    named: list[tuple[str, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(named, (bad.shard, str(bad)) if bad is not None else None)
-    reasons = {shard: why for shard, why in reversed([name for name in named if name is not None])}
-    known = {shard: loader.known_count(shard) for shard in reasons} if loader is not None else {}
-    if bad is not None:
-        known[bad.shard] = max(known.get(bad.shard, -1), bad.count)
-    counts: list[dict[str, int]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(counts, known)
-    return {shard: (max(each.get(shard, -1) for each in counts), reasons[shard]) for shard in sorted(reasons)}
+def _left_out(failures: list[_Failure | None], loader: StepLoader | None) -> dict[str, LeftOutShard]:
+    """The shards that some rank cannot use.
 
-
-def _check_limit(state: DataState, limit: int) -> None:
-    if len(state.quarantine) > limit:
-        names = ", ".join(sorted(state.quarantine))
-        raise DataError(
-            f"data.max_bad_shards {limit}: {len(state.quarantine)} shards cannot be used ({names}); mend them or raise it"
+    Each counts for as many samples as any rank knows or can find out, so that the order of samples depends on who can
+    read the shard but not on how far each rank has come with it; for none if nobody can say.
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, failure in enumerate(failures):
+        if failure is not None and failure.shard is not None:
+            ranks.setdefault(failure.shard, []).append(rank)
+    known: dict[str, int] = {}
+    mine = failures[dist.get_rank()]
+    if loader is not None:
+        known = {shard: loader.count(shard, fetch=mine is None or mine.shard != shard) for shard in ranks}
+    if mine is not None and mine.shard is not None:
+        known[mine.shard] = max(known.get(mine.shard, -1), mine.samples)
+    counts = _gather(known)
+    return {
+        shard: LeftOutShard(
+            max(0, *(each.get(shard, -1) for each in counts)),
+            next(failure.reason for failure in failures if failure is not None and failure.shard == shard),
+            ranks[shard],
         )
+        for shard in sorted(ranks)
+    }
+
+
+def _check_limit(loader: StepLoader | None, limit: int) -> None:
+    everyone = _gather(sorted(loader.state.quarantine) if loader is not None else [])
+    names = everyone[0]  # the same on all ranks that load
+    if len(names) > limit:
+        raise DataError(
+            f"data.max_bad_shards {limit}: {len(names)} shards cannot be used ({', '.join(names)}; see lost/shards.jsonl "
+            "in the run's folder); mend them or raise it"
+        )
+
+
+def _gather(mine: _T) -> list[_T]:
+    everyone = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,14 @@ from megamoe.metrics.stream import MetricsWriter
 from megamoe.metrics.tensorboard import TensorBoardSink
 
 _PICTURES = 8
+
+
+class LeftOutShard(NamedTuple):
+    """A shard that is not read any more: samples that it counts for in the order, why, and the ranks that met it."""
+
+    samples: int
+    reason: str
+    ranks: list[int]
 
 
 class RunRecords:
@@ -85,17 +94,17 @@ class RunRecords:
         lost = [LostSample(slot, name, f"step skipped: {what}") for slot, name in batch.samples]
         self.write_lost(step, replace(batch, lost=lost))
 
-    def write_quarantine(self, step: int, shards: Mapping[str, tuple[int, str]]) -> None:
-        """Name shards that are not read from ``step`` on: with each the samples it counts for, and why."""
+    def write_quarantine(self, step: int, shards: Mapping[str, LeftOutShard]) -> None:
+        """Name shards that are not read from ``step`` on."""
         if self._rank:
             return
         path = self._lost.with_name("shards.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            for shard, (samples, why) in shards.items():
-                line = {"step": step, "shard": shard, "samples": samples, "reason": why}
+            for name, shard in shards.items():
+                line = {"step": step, "shard": name, **shard._asdict()}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                print(f"step {step}: going on without shard {shard}: {why}", file=sys.stderr, flush=True)
+                print(f"megamoe: step {step}: going on without a shard: {shard.reason}", file=sys.stderr, flush=True)
 
 
 def truncate_lost(run: Path, step: int) -> None:

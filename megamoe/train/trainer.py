@@ -62,7 +62,7 @@ class Trainer:
         self.engine = TrainEngine(config, layout, tokenizer.image_id, device)
         self.loader = self._build_loader(data) if self.engine.loads_data else None
         self.checkpointer = Checkpointer(config, self.engine)
-        self.step, self.tokens, self.samples, self.lost = 0, 0, 0, 0
+        self.step, self.tokens, self.samples, self.lost, self.lost_shard = 0, 0, 0, 0, 0
         self.recomputed, self.skipped, self._skipped_in_a_row = 0, 0, 0
         if checkpoint is not None:
             self._resume(checkpoint)
@@ -101,10 +101,12 @@ class Trainer:
         self.samples += totals.samples
         self.tokens += totals.tokens
         self.lost += totals.lost
+        self.lost_shard += totals.lost_shard
         if totals.lost:
             if batch is not None:
                 self.records.write_lost(self.step + 1, batch)
-            check_losses(self.lost, self.samples, self.config.data.max_corrupt)
+            # for shards in quarantine there is a limit of its own, data.max_bad_shards
+            check_losses(self.lost - self.lost_shard, self.samples, self.config.data.max_corrupt)
         lr = learning_rate(self.config.optim, self.step + 1, self.config.train.steps)
         result = self._compute(batch, totals, lr)
         self.step += 1
@@ -158,6 +160,7 @@ class Trainer:
             "tokens": self.tokens,
             "samples": self.samples,
             "lost": self.lost,
+            "bad_shards": len(self.loader.state.quarantine) if self.loader is not None else 0,
             "truncated": totals.truncated,
             "recomputed": self.recomputed,
             "skipped": self.skipped,
@@ -202,6 +205,7 @@ class Trainer:
             lost=self.lost,
             recomputed=self.recomputed,
             skipped=self.skipped,
+            lost_shard=self.lost_shard,
             position=whole_state(self.loader, self.config.train.global_batch).to_json(),
             config=self.config.model_dump(mode="json"),
             versions={"megamoe": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
@@ -210,7 +214,8 @@ class Trainer:
 
     def _resume(self, checkpoint: Path) -> None:
         state = self.checkpointer.load(checkpoint)
-        self.step, self.tokens, self.samples, self.lost = state.step, state.tokens, state.samples, state.lost
+        self.step, self.tokens, self.samples = state.step, state.tokens, state.samples
+        self.lost, self.lost_shard = state.lost, state.lost_shard
         self.recomputed, self.skipped = state.recomputed, state.skipped
         if self.loader is not None:
             self.loader.go_on_from(DataState.from_json(state.position, f"checkpoint {checkpoint}"))

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamoe.data.order import BLOCK, Anchor, SampleOrder, SampleRef
+from megamoe.errors import DataError
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any)
 SEEDS = st.integers(0, 2**70)
@@ -155,7 +156,7 @@ def test_a_window_touches_its_shards_only() -> None:
 
 
 def test_a_source_of_empty_shards_is_an_error_and_no_endless_search() -> None:
-    with pytest.raises(ValueError, match="no shard of the source has a sample"):
+    with pytest.raises(DataError, match="no shard of source 0 has a sample to train on"):
         make([[0, 0, 0]]).locate(0, 0)
 
 
