@@ -136,6 +136,25 @@ class Catalog:
         except DataError as error:
             raise self._bad(located.shard, error) from error
 
+    def read_all(self, source: int, shard: int, sample: int) -> tuple[str, dict[str, bytes]]:
+        """Key of a sample, numbered as in :meth:`sample`, and the bytes of all its members by extension, in their order.
+
+        Raises:
+            CorruptSample: its shard is in quarantine.
+            BadShard: its shard cannot be used.
+        """
+        name = self._data.sources[source].shards[shard]
+        if name in self._data.quarantine:
+            raise CorruptSample("shard: in quarantine")
+        index, kept = self._index(name)
+        number = sample if kept is None else int(kept[sample])
+        extents = index.members(number)
+        try:
+            contents = self._storage.read(name, list(extents.values()))
+        except DataError as error:
+            raise self._bad(name, error) from error
+        return index.key(number), dict(zip(extents, contents, strict=True))
+
     def _index(self, shard: str) -> tuple[ShardIndex, npt.NDArray[np.int64] | None]:
         """The index of ``shard`` and, if some samples are held out, the numbers of the others."""
         if shard in self._loaded:
