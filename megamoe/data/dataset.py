@@ -24,6 +24,7 @@ from megamoe.config.schema import DataConfig
 from megamoe.data.catalog import BadShard, Catalog, DataSet, data_fingerprint, learnt_count
 from megamoe.data.decode import CorruptSample
 from megamoe.data.order import Anchor, SampleOrder, SampleRef
+from megamoe.data.pipeline import ShardPipeline
 from megamoe.data.progress import Progress, Share, from_state
 from megamoe.data.remote import ShardUnavailable
 from megamoe.data.shards import is_remote
@@ -176,7 +177,7 @@ class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
 
     def compose(self, *stages: Any) -> ShardPipeline:
         """A pipeline of this data set and ``stages``."""
-        return ShardPipeline(self, *stages)
+        return ShardPipeline(self).compose(*stages)
 
     def __getstate__(self) -> dict[str, Any]:
         # what runs here, with its open files, stays here; a copy in a worker begins at the last whole micro-batch
@@ -216,8 +217,6 @@ class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
         if self._epochs is not None and progress.until is None:
             progress.until = (locate(progress.began).epoch // self._epochs + 1) * self._epochs
         while True:
-            if progress.taken % share.batch == 0:
-                progress.lost_before = Counter(progress.lost)
             position = share.position(progress.began, progress.taken)
             ref = locate(position)
             if progress.until is not None and ref.epoch >= progress.until:
@@ -228,6 +227,8 @@ class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
                 return
             sample = self._read(ref, progress, data, catalog)
             progress.taken += 1
+            if progress.taken % share.batch == 0:
+                progress.lost_before = Counter(progress.lost)
             if sample is not None:
                 yield sample
 
@@ -268,18 +269,6 @@ class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
     def _handle(self, error: Exception) -> None:
         if not self._handler(error):
             raise _Stop from error
-
-
-class ShardPipeline(wds.DataPipeline, wds.FluidInterface):
-    """A :class:`ShardDataset` and stages of webdataset behind it, with the state of the data set."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """As :meth:`ShardDataset.state_dict`."""
-        return self.pipeline[0].state_dict()
-
-    def load_state_dict(self, state: Any) -> None:
-        """As :meth:`ShardDataset.load_state_dict`."""
-        self.pipeline[0].load_state_dict(state)
 
 
 class _Stop(Exception):
