@@ -8,19 +8,16 @@ loader = wds.WebLoader(pipeline, batch_size=None, num_workers=8)
 from __future__ import annotations
 
 import bisect
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import webdataset as wds
-from pydantic import ValidationError
 from torch.utils.data import IterableDataset, get_worker_info
 
-from megamoe.config.schema import DataConfig
+from megamoe.data.arguments import Shards, at_least, checked_settings, plain_names, which_rank, whole_micro_batch
 from megamoe.data.catalog import BadShard, Catalog, DataSet, data_fingerprint, learnt_count
 from megamoe.data.decode import CorruptSample
 from megamoe.data.order import Anchor, SampleOrder, SampleRef
@@ -33,7 +30,6 @@ from megamoe.data.storage import Storage
 from megamoe.data.urls import masked
 from megamoe.errors import DataError, UserError
 
-Shards = str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]]
 Handler = Callable[[Exception], bool]
 
 
@@ -104,16 +100,16 @@ class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
                 f"shuffle_shards {shuffle_shards}: there is no unshuffled order; 1 shuffles within each shard, and "
                 "megamoe.data.read_samples or webdataset.WebDataset read shards front to back"
             )
-        config = _config(
-            train=_plain(urls), shuffle_shards=shuffle_shards, held_out=held_out, cache=cache, cache_gb=cache_gb
+        config = checked_settings(
+            train=plain_names(urls), shuffle_shards=shuffle_shards, held_out=held_out, cache=cache, cache_gb=cache_gb
         )
         self._cache = open_cache(config)
         self._data = open_data_set(config, Path(index_dir) if index_dir is not None else self._cache.folder / "index")
-        self._rank, self._ranks = _ranks(rank, world_size)
-        self.micro_batch = _micro_batch(global_batch, micro_batch, self._ranks)
-        self._seed = _at_least("seed", seed, 0)
+        self._rank, self._ranks = which_rank(rank, world_size)
+        self.micro_batch = whole_micro_batch(global_batch, micro_batch, self._ranks)
+        self._seed = at_least("seed", seed, 0)
         self._shuffle_shards = shuffle_shards
-        self._epochs = None if epochs is None else _at_least("epochs", epochs, 1)
+        self._epochs = None if epochs is None else at_least("epochs", epochs, 1)
         if epochs is not None and len(self._data.sources) > 1:
             raise UserError(
                 f"epochs {epochs}: {len(self._data.sources)} sources each have epochs of their own length; "
@@ -273,46 +269,3 @@ class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
 
 class _Stop(Exception):
     """The handler said to end the iteration."""
-
-
-def _config(**settings: Any) -> DataConfig:
-    try:
-        return DataConfig(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join("urls" if part == "train" else str(part) for part in first["loc"])
-        raise UserError(f"{name} {first['input']!r}: {first['msg']}") from None
-
-
-def _plain(urls: Shards) -> Any:
-    """``urls`` with strings for paths."""
-    if isinstance(urls, str | Path):
-        return str(urls)
-    return [str(each) if isinstance(each, Path) else each for each in urls]
-
-
-def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    if (rank is None) != (world_size is None):
-        raise UserError("rank and world_size: give both or neither")
-    if rank is None or world_size is None:
-        if dist.is_available() and dist.is_initialized():
-            rank, world_size = dist.get_rank(), dist.get_world_size()
-        else:
-            rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if not 0 <= rank < world_size:
-        raise UserError(f"rank {rank}: is not one of {world_size} ranks (0 to {world_size - 1})")
-    return rank, world_size
-
-
-def _micro_batch(global_batch: int, micro_batch: int | None, ranks: int) -> int:
-    size = _at_least("global_batch", global_batch, 1) // ranks if micro_batch is None else micro_batch
-    if size < 1 or global_batch % (size * ranks):
-        what = f"micro_batch {micro_batch} x " if micro_batch is not None else ""
-        raise UserError(f"global_batch {global_batch}: not a multiple of {what}{ranks} ranks; change one of them")
-    return size
-
-
-def _at_least(name: str, value: int, least: int) -> int:
-    if not isinstance(value, int) or value < least:
-        raise UserError(f"{name} {value!r}: must be a whole number of {least} or more")
-    return value

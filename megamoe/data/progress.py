@@ -138,9 +138,10 @@ def from_state(content: Any, order: Mapping[str, Any], share: Share | None) -> P
                 f"data state: of reader {_named(reader['share'])}, and this is {_named(share)}; "
                 "load it into the data set, not into its loader, to go on with other ranks or workers"
             )
-        return Progress(
-            reader["began"], anchors, quarantine, share, reader["taken"], reader["until"], None, lost, Counter(lost)
-        )
+        began, taken, until = reader["began"], reader["taken"], reader["until"]
+        if not all(type(number) is int and number >= 0 for number in (began, taken, until or 0)):
+            raise TypeError("not a whole number")
+        return Progress(began, anchors, quarantine, share, taken, until, None, lost, Counter(lost))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"data state: cannot be read ({error}); take another checkpoint") from error
 
