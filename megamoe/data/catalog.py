@@ -161,6 +161,27 @@ class Catalog:
         except DataError as error:
             raise self._bad(located.shard, error) from error
 
+    def read_all(self, source: int, shard: int, sample: int) -> tuple[str, dict[str, bytes]]:
+        """Key of a sample, numbered as in :meth:`sample`, and the bytes of all its members by extension, in their order.
+
+        Raises:
+            InQuarantine: its shard is.
+            BadShard: its shard cannot be used.
+        """
+        name = self._data.sources[source].shards[shard]
+        if self.labels[source][shard] in self._data.quarantine:
+            raise InQuarantine("shard: in quarantine")
+        known = self._index(name)
+        number = sample if known.kept is None else int(known.kept[sample])
+        extents = known.index.members(number)
+        try:
+            contents = self._storage.read(name, list(extents.values()))
+        except CacheUnusable:
+            raise
+        except DataError as error:
+            raise self._bad(name, error) from error
+        return known.index.key(number), dict(zip(extents, contents, strict=True))
+
     def _index(self, shard: str) -> _Known:
         if shard in self._loaded:
             self._loaded.move_to_end(shard)
