@@ -86,6 +86,8 @@ def main() -> None:
     for contender in CONTENDERS:
         if arguments.only and contender.module.removeprefix("with_") not in arguments.only:
             continue
+        if contender.title in failures:  # with its other decoder
+            continue
         try:
             bench.prepare(contender)
             able.append(contender)
@@ -103,7 +105,7 @@ def main() -> None:
             except Failed as failed:
                 failures[f"{contender.title}, {contender.decoder}"] = str(failed)
     limit = statistics.median(limits)
-    rows = [{"loader": c.title, "decoder": c.decoder, **_medians(rounds)} for c, rounds in figures.items()]
+    rows = [{"loader": c.title, "decoder": c.decoder, **_medians(rounds)} for c, rounds in figures.items() if rounds]
     print(
         f"{arguments.samples:,} pictures of {size / 1e3:.1f} KB, {arguments.workers} workers, "
         f"batches of {arguments.batch}; median of {arguments.rounds} rounds of {arguments.seconds:g} s.\n"
@@ -128,7 +130,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=HERE / ".data", help="for pictures and formats")
     parser.add_argument("--environments", type=Path, default=HERE / ".environments")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.samples < 2 * arguments.batch:
+        parser.error(f"--samples {arguments.samples}: less than two batches of {arguments.batch}, an epoch has no middle")
+    return arguments
 
 
 class Bench:
@@ -136,8 +141,8 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
-        self._folder = arguments.folder.resolve() / f"{arguments.samples}"
-        self._environments = arguments.environments.resolve()
+        self._folder: Path = arguments.folder.resolve() / f"{arguments.samples}"
+        self._environments: Path = arguments.environments.resolve()
         self.pictures = self._folder / "pictures"
 
     def prepare(self, contender: Contender) -> None:

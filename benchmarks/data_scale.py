@@ -230,19 +230,21 @@ def _drifted(case: Case, place: float) -> str:
 
 
 class _Meter:
-    """Seconds between laps, and what the process has grown by since the meter began."""
+    """Seconds and growth of the process between laps, and its growth since the meter began."""
 
     def __init__(self) -> None:
         gc.collect()
         self._process = psutil.Process()
-        self._before = self._process.memory_info().rss
+        self._before = self._resident = self._process.memory_info().rss
         self._times: dict[str, float] = {"imports_mb": self._before / 1e6}
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self._times[name] = now - self._last
-        self._last = time.perf_counter()
+        resident = self._process.memory_info().rss
+        self._times[f"{name}_mb"] = (resident - self._resident) / 1e6
+        self._resident, self._last = resident, time.perf_counter()
 
     def end(self) -> dict[str, float]:
         gc.collect()
@@ -288,13 +290,21 @@ def _print_times(cases: list[dict[str, Any]]) -> None:
 
 def _print_memory(cases: list[dict[str, Any]]) -> None:
     print("\nResident memory (MB) beyond what Python and torch take, and what travels:\n")
-    print("| nodes | counts | when | rank | its peak | worker | its peak | node | sent to each worker | state (KB) |")
-    print("|" + " --- |" * 10)
+    print(
+        "| nodes | counts | when | rank | its peak | worker | its peak | of it: set | labels | windows | node "
+        "| sent to each worker | state (KB) |"
+    )
+    print("|" + " --- |" * 13)
     for case in cases:
-        names = ("rank_mb", "rank_peak_mb", "worker_mb", "worker_peak_mb", "node_mb", "rank_pickle_mb", "state_kb")
-        print(f"| {_name(case)} | {' | '.join(f'{case[name]:.1f}' for name in names)} |")
+        order = case["worker_first_mb"] + case["worker_steps_mb"]
+        names = ("rank_mb", "rank_peak_mb", "worker_mb", "worker_peak_mb", "worker_unpickle_mb", "worker_catalog_mb")
+        cells = [*(case[name] for name in names), order, case["node_mb"], case["rank_pickle_mb"], case["state_kb"]]
+        print(f"| {_name(case)} | {' | '.join(f'{cell:.1f}' for cell in cells)} |")
     imports = max(max(case["rank_imports_mb"], case["worker_imports_mb"]) for case in cases)
-    print(f"\nPython with torch and this script's imports alone: {imports:.0f} MB per process.")
+    start = time.perf_counter()
+    _alone(int)
+    seconds = time.perf_counter() - start
+    print(f"\nA process with torch and this script's imports alone: {imports:.0f} MB, {seconds:.1f} s to start.")
 
 
 def _print_goals(cases: list[dict[str, Any]]) -> None:

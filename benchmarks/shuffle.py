@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=Path(__file__).resolve().parent.parent / "docs/images/shuffle.png")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.batch % arguments.ranks or arguments.shards % arguments.ranks:
+        parser.error(f"--ranks {arguments.ranks}: does not divide --batch and --shards, but each rank has an equal part")
     shards, samples = arguments.shards, arguments.samples
     total = shards * samples
     listing = np.arange(total)
@@ -66,8 +68,8 @@ def main() -> None:
     orders: dict[str, Callable[[], Order]] = {}
     for ranks, where in ((1, ""), (arguments.ranks, f", {arguments.ranks} ranks")):
         for size in BUFFERS:
-            make = partial(webdataset_order, shards, samples, size, ranks, arguments.batch)
-            orders[f"WebDataset, buffer of {size:,}{where}"] = make
+            name = f"WebDataset, buffer of {size:,}{where}"
+            orders[name] = partial(webdataset_order, shards, samples, size, ranks, arguments.batch)
     windows = {f"MegaMoE, {window} shard{'s' if window > 1 else ''}": window for window in WINDOWS if window <= shards}
     orders |= {name: partial(our_order, shards, samples, window) for name, window in windows.items()}
     orders["perfect shuffle"] = lambda: np.random.default_rng(SEED).permutation(total)
@@ -113,7 +115,6 @@ def webdataset_order(shards: int, samples: int, buffer: int, ranks: int, batch: 
             first = int(shard["url"]) * samples
             yield from range(first, first + samples)
 
-    assert batch % ranks == 0 == shards % ranks, "each rank has the same part"
     streams = []
     for rank in range(ranks):
         pipeline = webdataset.DataPipeline(

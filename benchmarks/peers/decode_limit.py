@@ -17,6 +17,8 @@ from peers.measure import SIDE
 
 from megamoe.data.decode import decode_image
 
+_together: Barrier  # set in each process
+
 
 def main() -> None:
     """Print one line of JSON with the samples per second of all processes together."""
