@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from megamoe.data.cache import CacheUnusable, ShardCache
 from megamoe.data.decode import CorruptSample
 from megamoe.data.index import SampleEntry, ShardIndex, learn_index, read_index
 from megamoe.data.remote import ShardUnavailable
-from megamoe.data.shards import is_remote, shard_labels
+from megamoe.data.shards import is_remote, repeated_labels, shard_label
 from megamoe.data.split import held_out, key_hash
 from megamoe.data.storage import Storage
 from megamoe.errors import DataError
@@ -46,6 +48,37 @@ class BadShard(DataError):
 
 class InQuarantine(CorruptSample):
     """The sample's shard is not read any more."""
+
+
+class ShardNames(Sequence[str]):
+    """Names of shards in shared memory: another process gets a handle to them, not a copy."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self._bytes = torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8)
+        self._ends = torch.from_numpy(np.cumsum([len(name) for name in encoded], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return [self[n] for n in range(*place.indices(len(self)))]
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        place %= len(self)
+        start = int(self._ends[place - 1]) if place else 0
+        return os.fsdecode(self._bytes[start : int(self._ends[place])].numpy().tobytes())
+
+    def __iter__(self) -> Iterator[str]:
+        data, start = self._bytes.numpy().tobytes(), 0
+        for end in self._ends.tolist():
+            yield os.fsdecode(data[start:end])
+            start = end
 
 
 @dataclass(frozen=True)
@@ -81,6 +114,23 @@ class DataSet:
     index_dir: Path | None = None
     held_out: float = 0.0
     quarantine: Quarantine = field(default_factory=dict)
+    repeated: Mapping[str, str] = field(init=False, repr=False)  # labels of shards whose file names are not unique
+
+    def __post_init__(self) -> None:
+        every = (shard for source in self.sources for shard in source.shards)
+        object.__setattr__(self, "repeated", repeated_labels(every))
+
+    def label(self, source: int, shard: int) -> str:
+        """A shard's name in sample ids: see :func:`megamoe.data.shards.shard_labels`."""
+        return shard_label(self.sources[source].shards[shard], self.repeated)
+
+    def find(self, label: str) -> tuple[int, int]:
+        """Source and number of the shard of this name in sample ids."""
+        for source, each in enumerate(self.sources):
+            for number in range(len(each.shards)):
+                if self.label(source, number) == label:
+                    return source, number
+        raise KeyError(label)
 
 
 @dataclass(frozen=True)
@@ -95,17 +145,16 @@ class _Known:
 
 
 class Catalog:
-    """What one process knows of the shards that it has touched. Not to be sent to another process.
-
-    ``labels`` are the shards' names in sample ids, by source: see :func:`megamoe.data.shards.shard_labels`.
-    """
+    """What one process knows of the shards that it has touched. Not to be sent to another process."""
 
     def __init__(self, data: DataSet, storage: Storage) -> None:
         self._data = data
         self._storage = storage
-        labels = iter(shard_labels([shard for source in data.sources for shard in source.shards]))
-        self.labels = [[next(labels) for _ in source.shards] for source in data.sources]
         self._loaded: OrderedDict[str, _Known] = OrderedDict()
+
+    def label(self, source: int, shard: int) -> str:
+        """The shard's name in sample ids: see :func:`megamoe.data.shards.shard_labels`."""
+        return self._data.label(source, shard)
 
     def count(self, source: int, shard: int) -> int:
         """Samples of a shard that training reads. Learns its index if this is the first time.
@@ -113,7 +162,7 @@ class Catalog:
         Raises:
             BadShard: it cannot be used, and is not in quarantine.
         """
-        label = self.labels[source][shard]
+        label = self.label(source, shard)
         if label in self._data.quarantine:
             return self._data.quarantine[label]
         return self._index(self._data.sources[source].shards[shard]).samples
@@ -125,7 +174,7 @@ class Catalog:
             InQuarantine: its shard is.
             BadShard: its shard cannot be used.
         """
-        name, label = self._data.sources[source].shards[shard], self.labels[source][shard]
+        name, label = self._data.sources[source].shards[shard], self.label(source, shard)
         if label in self._data.quarantine:
             raise InQuarantine("shard: in quarantine")
         known = self._index(name)
@@ -138,7 +187,7 @@ class Catalog:
         They lack a picture or a caption, or their key comes twice. They are spread evenly over those that are read, so
         that at any time their share is that of the shards read so far.
         """
-        label = self.labels[source][shard]
+        label = self.label(source, shard)
         if label in self._data.quarantine:
             return []
         known = self._index(self._data.sources[source].shards[shard])
@@ -169,7 +218,7 @@ class Catalog:
             BadShard: its shard cannot be used.
         """
         name = self._data.sources[source].shards[shard]
-        if self.labels[source][shard] in self._data.quarantine:
+        if self.label(source, shard) in self._data.quarantine:
             raise InQuarantine("shard: in quarantine")
         known = self._index(name)
         number = sample if known.kept is None else int(known.kept[sample])
@@ -201,12 +250,7 @@ class Catalog:
     def _bad(self, shard: str, error: DataError) -> BadShard:
         if not isinstance(error, ShardUnavailable):
             self._storage.forget(shard)  # a page of HTML in place of a tar must not stay in the cache
-        label = next(
-            label
-            for source, labels in zip(self._data.sources, self.labels, strict=True)
-            for name, label in zip(source.shards, labels, strict=True)
-            if name == shard
-        )
+        label = shard_label(shard, self._data.repeated)
         return BadShard(str(error), label, self._loaded[shard].samples if shard in self._loaded else -1)
 
 
@@ -217,7 +261,7 @@ def learnt_count(data: DataSet, shard: str, cache: ShardCache | None, fetch: boo
     """
     with closing(Storage(cache)) as storage:
         catalog = Catalog(replace(data, quarantine={}), storage)
-        ((source, number),) = ((s, labels.index(shard)) for s, labels in enumerate(catalog.labels) if shard in labels)
+        source, number = data.find(shard)
         try:
             return _known(read_index(data.sources[source].shards[number], data.index_dir), data.held_out).samples
         except DataError:
@@ -254,6 +298,6 @@ def data_fingerprint(data: DataSet) -> str:
     for source in data.sources:
         digest.update(f"{source.weight if len(data.sources) > 1 else 1.0}\n".encode())
         for shard in source.shards:
-            size = Path(shard).stat().st_size if shard in sized else ""
-            digest.update(f"{Path(shard).name}\0{size}\n".encode())
+            size = os.stat(shard).st_size if shard in sized else ""
+            digest.update(f"{shard.rpartition('/')[2]}\0{size}\n".encode())
     return digest.hexdigest()[:16]

@@ -83,7 +83,7 @@ class LanePacker:
         while not builder.full:
             ref = self._order.locate(self.lane, cursor)
             source = ref.source
-            name = f"{self._catalog.labels[source][ref.shard]}#sample {ref.sample}"  # until its key is known
+            name = f"{self._catalog.label(source, ref.shard)}#sample {ref.sample}"  # until its key is known
             try:
                 located = self._catalog.sample(source, ref.shard, ref.sample)
                 name = located.id

@@ -14,9 +14,10 @@ How many samples a window has is asked for when the first position behind its be
 that nobody has read yet need not be counted. To start in the middle, an :class:`Anchor` gives the position at which one
 window begins; nothing before it is ever looked at.
 
-Permutations sort the raw output of Philox (Salmon et al., SC'11) in place of ``numpy.random.Generator.permutation``,
-because NumPy promises to keep the raw streams for ever but not the methods built on them, and a run must find the same
-order after an upgrade.
+No permutation is ever written out: :func:`shuffled` says where one index goes (a Feistel network, Luby and Rackoff 1988,
+walked until it lands in range, Black and Rogaway 2002). So nothing grows with the samples, and a start in the middle
+costs no more than one at the beginning. It is integer arithmetic of our own, keyed by the raw output of Philox (Salmon et
+al., SC'11), which NumPy promises to keep for ever, so a run finds the same order after any upgrade.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from megamoe.errors import DataError
 BLOCK = 1 << 14  # positions after which the shares of the sources are met exactly
 _WORD = (1 << 64) - 1
 _SHARDS, _WINDOW, _MIXTURE = 0, 1, 2  # what a permutation is of: keeps the families of streams apart
-_CACHED_POSITIONS = 1 << 22  # windows kept at hand hold at most this many positions (16 MiB)
+_ROUNDS = 6  # even, so that the halves are back in their places
 
 Count = Callable[[int, int], int]
 
@@ -68,7 +69,7 @@ class SampleOrder:
         shuffle_shards: shards whose samples are shuffled among each other.
         anchors: one per source, to start from; default the beginning.
 
-    Memory is O(shards) per epoch in use and O(samples of a window) per window in use; nothing grows with the samples.
+    Memory does not grow with shards or samples, but by one number per window that has been passed.
 
     Raises:
         DataError: from :meth:`locate`: all shards of a source are empty.
@@ -135,7 +136,8 @@ class _Mixture:
     def _block(self, block: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """Source of each position of the block, and how many of that source came before it in the block."""
         listed = np.repeat(np.arange(len(self._counts), dtype=np.int32), self._counts)
-        sources = listed[_permutation(BLOCK, self._seed, _MIXTURE, 0, block, 0)]
+        keys = _keys(self._seed, _MIXTURE, 0, block, 0)
+        sources = listed[[shuffled(place, BLOCK, keys) for place in range(BLOCK)]]
         ranks = np.empty(BLOCK, dtype=np.int32)
         for source, count in enumerate(self._counts):
             ranks[sources == source] = np.arange(count, dtype=np.int32)
@@ -155,9 +157,8 @@ class _SourceOrder:
         self._first = anchor.window
         self._starts: list[int] = []  # of windows _first, _first + 1, ... as far as they are known
         self._end = anchor.start  # of the last of them
-        self._epochs = _Recent(self._epoch_order, 2)
         # lanes drift apart by some sequences, so neighbouring windows are in use at the same time
-        self._windows = _Recent(self._window_order, 64, _CACHED_POSITIONS)
+        self._windows = _Recent(self._window, 256)
 
     def locate(self, position: int) -> SampleRef:
         assert position >= (self._starts[0] if self._starts else self._end), "a lane never goes back"
@@ -165,8 +166,8 @@ class _SourceOrder:
             self._learn_next()
         place = bisect.bisect_right(self._starts, position) - 1
         window = self._first + place
-        shards, ends, shuffled = self._windows((window,))
-        index = int(shuffled[position - self._starts[place]])
+        shards, ends, keys = self._windows((window,))
+        index = shuffled(position - self._starts[place], ends[-1], keys)
         which = bisect.bisect_right(ends, index)
         first = ends[which - 1] if which else 0
         return SampleRef(self._number, window // self._per_epoch, shards[which], index - first)
@@ -188,16 +189,14 @@ class _SourceOrder:
                 "quarantine; add shards or lower data.held_out"
             )
 
-    def _epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
-        return _permutation(self._shards, self._seed, _SHARDS, self._number, epoch, 0)
-
-    def _window_order(self, window: int) -> tuple[list[int], list[int], npt.NDArray[np.uint32]]:
-        """Shards of the window, the place at which each one's samples end, and the permutation of all their samples."""
+    def _window(self, window: int) -> tuple[list[int], list[int], tuple[int, ...]]:
+        """Shards of the window, the place at which each one's samples end, and the keys that shuffle all of them."""
         epoch, number = divmod(window, self._per_epoch)
-        shards = self._epochs((epoch,))[number * self._per_window : (number + 1) * self._per_window].tolist()
+        keys = _keys(self._seed, _SHARDS, self._number, epoch, 0)
+        places = range(number * self._per_window, min((number + 1) * self._per_window, self._shards))
+        shards = [shuffled(place, self._shards, keys) for place in places]
         ends = list(itertools.accumulate(self._count(self._number, shard) for shard in shards))
-        shuffled = _permutation(ends[-1], self._seed, _WINDOW, self._number, epoch, number)
-        return shards, ends, shuffled.astype(np.uint32)
+        return shards, ends, _keys(self._seed, _WINDOW, self._number, epoch, number)
 
 
 def _shares(weights: Sequence[float]) -> list[int]:
@@ -213,21 +212,38 @@ def _shares(weights: Sequence[float]) -> list[int]:
     return [int(count) for count in counts]
 
 
-def _permutation(size: int, seed: int, family: int, source: int, major: int, minor: int) -> npt.NDArray[np.int64]:
-    """A permutation of ``range(size)`` that depends on the other arguments only."""
+def shuffled(index: int, size: int, keys: Sequence[int]) -> int:
+    """Where ``index`` of ``range(size)`` goes in the permutation that ``keys`` stand for."""
+    bits = max(2, (size - 1).bit_length())
+    low = bits // 2
+    high = bits - low
+    while True:
+        # the upper part is changed by a hash of the lower one, then they change places: never two indices to one
+        left, right = index >> low, index & ((1 << low) - 1)
+        width_left, width_right = high, low
+        for key in keys:
+            mixed = ((right ^ key) * 0x9E3779B97F4A7C15) & _WORD
+            mixed = ((mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9) & _WORD
+            left, right = right, left ^ (mixed >> (64 - width_left))
+            width_left, width_right = width_right, width_left
+        index = left << low | right
+        if index < size:
+            return index
+
+
+def _keys(seed: int, family: int, source: int, major: int, minor: int) -> tuple[int, ...]:
+    """Keys of a permutation that depends on these numbers only."""
     key = np.array([seed & _WORD, (seed >> 64) & _WORD], dtype=np.uint64)
-    counter = np.array([0, minor, major, family | source << 8], dtype=np.uint64)  # word 0 counts the numbers drawn
-    raw = np.random.Philox(key=key, counter=counter).random_raw(size)
-    return np.argsort(raw, kind="stable").astype(np.int64)
+    counter = np.array([0, minor, major, family | source << 8], dtype=np.uint64)
+    return tuple(np.random.Philox(key=key, counter=counter).random_raw(_ROUNDS).tolist())
 
 
 class _Recent:
-    """Keeps the last few results of a pure function, and no more than ``limit`` elements in the last of their parts."""
+    """Keeps the last few results of a pure function."""
 
-    def __init__(self, function: Callable[..., Any], size: int, limit: int | None = None) -> None:
+    def __init__(self, function: Callable[..., Any], size: int) -> None:
         self._function = function
         self._size = size
-        self._limit = limit
         self._kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
 
     def __call__(self, key: tuple[int, ...]) -> Any:
@@ -235,11 +251,6 @@ class _Recent:
             self._kept.move_to_end(key)
             return self._kept[key]
         value = self._kept[key] = self._function(*key)
-        while len(self._kept) > self._size or (
-            self._limit is not None and len(self._kept) > 2 and self._elements() > self._limit
-        ):
+        if len(self._kept) > self._size:
             self._kept.popitem(last=False)
         return value
-
-    def _elements(self) -> int:
-        return sum(len(value[-1]) for value in self._kept.values())

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -79,18 +79,28 @@ def shard_labels(shards: Sequence[str]) -> list[str]:
     move of the data; shards whose file names are equal are named by their whole name, so that ids stay unique. Secrets
     in URLs never become part of an id: where whole names differ in nothing else, a hash of each is added.
     """
-    names = [_file_name(shard) for shard in shards]
-    often = Counter(names)
-    whole = {shard: _shown(shard) for shard, name in zip(shards, names, strict=True) if often[name] > 1}
-    often_whole = Counter(whole.values())
-    return [
-        name
-        if often[name] == 1
-        else whole[shard]
-        if often_whole[whole[shard]] == 1
-        else f"{whole[shard]}~{hashlib.sha256(shard.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
-        for shard, name in zip(shards, names, strict=True)
-    ]
+    repeated = repeated_labels(shards)
+    return [shard_label(shard, repeated) for shard in shards]
+
+
+def shard_label(shard: str, repeated: Mapping[str, str]) -> str:
+    """The label of one shard, given those of all shards whose file names are not unique."""
+    return repeated[shard] if shard in repeated else _file_name(shard)
+
+
+def repeated_labels(shards: Iterable[str]) -> dict[str, str]:
+    """Shard -> label, for those whose file names are not unique; usually none."""
+    named: dict[str, list[str]] = {}
+    for shard in shards:
+        named.setdefault(_file_name(shard), []).append(shard)
+    whole = {shard: _shown(shard) for group in named.values() if len(group) > 1 for shard in group}
+    often = Counter(whole.values())
+    return {
+        shard: shown
+        if often[shown] == 1
+        else f"{shown}~{hashlib.sha256(shard.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
+        for shard, shown in whole.items()
+    }
 
 
 def is_remote(shard: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megamoe.config.schema import DataConfig
 from megamoe.data.cache import ShardCache
-from megamoe.data.catalog import DataSet, Source
+from megamoe.data.catalog import DataSet, ShardNames, Source
 from megamoe.data.shards import expand_shards
 from megamoe.errors import DataError, UserError
 
@@ -32,7 +32,7 @@ def open_data_set(data: DataConfig, index_dir: Path) -> DataSet:
         shards = expand_shards(source.shards)
         if twice := next((shard for shard in shards if owner.setdefault(shard, name) != name), None):
             raise DataError(f"shard {twice}: is in the sources {owner[twice]} and {name} of data.train; name it in one")
-        sources.append(Source(name, shards, source.weight))
+        sources.append(Source(name, ShardNames(shards), source.weight))
     return DataSet(sources, data.index or index_dir, data.held_out)
 
 

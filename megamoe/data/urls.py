@@ -9,6 +9,7 @@ _USER = re.compile(r"(?<=://)(?:[^/\s'\"]*:[^/\s'\"]*|(?<=http://)[^/\s'\"]+|(?<
 _QUERY = re.compile(r"(https?://[^\s'\"?]*)\?[^\s'\"]+|\?[^\s'\"]*=[^\s'\"]*")  # signatures of pre-signed URLs
 _HEADER = re.compile(r"\b(bearer|basic|token)\s+[^\s'\"]+|((?<=-key:)|(?<=-token:))\s*[^\s'\"]+", re.IGNORECASE)
 _SETTING = re.compile(r"((?:password|passwd|secret|token|key)[\w-]*=)[^\s'\"&]+", re.IGNORECASE)
+_PLAIN = re.compile(r"(?:[a-z0-9]+://)?[\w./%+,~-]*")  # has room for nothing of the above
 _LONGEST = 300  # characters of a reason: servers and commands may send whole pages
 
 
@@ -20,6 +21,8 @@ def scheme(shard: str) -> str | None:
 
 def masked(text: str) -> str:
     """``text`` with ``***`` for user names, passwords, query strings and tokens in the URLs and commands in it."""
+    if _PLAIN.fullmatch(text):  # as hundreds of thousands of names are
+        return text
     text = _QUERY.sub(r"\1?***", _USER.sub("***@", text))
     return _SETTING.sub(r"\1***", _HEADER.sub(r"\1 ***", text))
 

@@ -109,8 +109,8 @@ class LaneStream(IterableDataset[WorkerItem | WorkerError]):
 
     def _steps(self, lanes: list[int], storage: Storage, shared: bool) -> Iterator[WorkerItem]:
         catalog, sources = Catalog(self._data, storage), self._data.sources
-        for source, labels in zip(sources, catalog.labels, strict=True):
-            if all(label in self._data.quarantine for label in labels):
+        for number, source in enumerate(sources):
+            if all(catalog.label(number, shard) in self._data.quarantine for shard in range(len(source.shards))):
                 raise DataError(f"data.train: all shards of source {source.name} are in quarantine; mend them")
         order = SampleOrder(
             [len(source.shards) for source in sources],

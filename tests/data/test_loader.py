@@ -112,7 +112,8 @@ def test_global_batches_are_the_same_on_every_layout(
     micro: int,
     workers: int,
 ) -> None:
-    assert run(shards, tokenizer, 12, dp_size, micro, workers) == reference
+    batches, state = run(shards, tokenizer, 12, dp_size, micro, workers)
+    assert batches == reference[0] and state.cursors == reference[1].cursors
 
 
 def test_a_stopped_run_goes_on_exactly_on_other_ranks(
@@ -121,7 +122,7 @@ def test_a_stopped_run_goes_on_exactly_on_other_ranks(
     first, state = run(shards, tokenizer, 4, dp_size=4, micro=2, workers=0)
     second, state = run(shards, tokenizer, 3, dp_size=2, micro=1, workers=2, start=state)
     third, state = run(shards, tokenizer, 5, dp_size=1, micro=4, workers=0, start=state)
-    assert (first + second + third, state) == reference
+    assert first + second + third == reference[0] and state.cursors == reference[1].cursors
 
 
 def test_every_sample_comes_once_per_epoch_and_corrupt_ones_are_lost_once(shards: DataSet, tokenizer: Tokenizer) -> None:

