@@ -14,13 +14,21 @@ from megamoe.data.order import Anchor
 from megamoe.data.state import DataState, earliest
 from megamoe.errors import DataError
 from megamoe.train.records import RunRecords
+from megamoe.train.stop import StopRequest
 from megamoe.train.totals import StepTotals, step_totals
+from megamoe.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 
 def next_batch(
-    loader: StepLoader | None, data: DataConfig, records: RunRecords, step: int, device: torch.device
+    loader: StepLoader | None,
+    data: DataConfig,
+    records: RunRecords,
+    step: int,
+    device: torch.device,
+    stop: StopRequest,
+    watchdog: Watchdog,
 ) -> tuple[StepBatch | None, StepTotals]:
     """This rank's part of the next step, and the counts over all ranks. All ranks call.
 
@@ -29,6 +37,7 @@ def next_batch(
         DataError: more than ``data.max_bad_shards`` shards cannot be used, or too many samples in a row.
     """
     while True:
+        watchdog.enter("waits for its part of the data", step)
         before = loader.state if loader is not None else None
         batch, bad = None, None
         try:
@@ -37,7 +46,8 @@ def next_batch(
             if data.bad_shards == "stop":
                 raise
             bad = error
-        totals = step_totals(batch, bad is not None, device)
+        watchdog.enter("waits for the other ranks to have their part of the data", step)
+        totals = step_totals(batch, bad is not None, stop.asked, device)
         if not totals.bad_shards:
             return batch, totals
         shards = _agree(loader, bad)

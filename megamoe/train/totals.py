@@ -22,7 +22,8 @@ _OF_READING = ("downloads", "cache_hits", "retries", "received", "seconds")
 class StepTotals:
     """Over the global batch: labels, non-padding tokens, samples trained on, samples lost, captions cut.
 
-    ``bad_shards``: ranks whose part is missing, because a shard cannot be used. Then the other counts mean nothing.
+    ``stops``: ranks that were asked to stop. ``bad_shards``: ranks whose part is missing, because a shard cannot be used.
+    Then the other counts mean nothing.
     """
 
     targets: int
@@ -30,15 +31,16 @@ class StepTotals:
     samples: int
     lost: int
     truncated: int
+    stops: int
     bad_shards: int
 
 
-def step_totals(batch: StepBatch | None, bad_shard: bool, device: torch.device) -> StepTotals:
+def step_totals(batch: StepBatch | None, bad_shard: bool, stop: bool, device: torch.device) -> StepTotals:
     """Sum the counts of the ranks that load data; the others pass None. All ranks call."""
-    mine = StepTotals(0, 0, 0, 0, 0, int(bad_shard))
+    mine = StepTotals(0, 0, 0, 0, 0, int(stop), int(bad_shard))
     if batch is not None:
         tokens = sum(int((text[:, 1] > 0).sum()) for _, text in batch.micro_batches)
-        mine = StepTotals(batch.targets, tokens, len(batch.samples), len(batch.lost), batch.truncated, 0)
+        mine = StepTotals(batch.targets, tokens, len(batch.samples), len(batch.lost), batch.truncated, int(stop), 0)
     counts = torch.tensor(astuple(mine), dtype=torch.int64, device=device)
     dist.all_reduce(counts)
     return StepTotals(*counts.tolist())
