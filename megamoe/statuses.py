@@ -25,5 +25,8 @@ NO_PROGRESS = 77
 STOP_FAILED = 128 + signal.SIGTERM
 """Of a rank: was asked to stop and could not save in time, since a peer hangs or the save takes too long."""
 
+STOPPED_TWICE = 128 + signal.SIGINT
+"""Of a rank: a second Ctrl-C did not let it save."""
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What asks a rank to save and stop. SIGUSR1 is what batch systems send before the time limit."""

@@ -223,8 +223,8 @@ class TrainConfig(Section):
     # would end the ranks that wait and not say where the one hangs that they wait for.
     watchdog_seconds: NonNegative = Field(
         480.0,
-        description="A rank that waits longer in one part of a step ends itself, with the stacks of its threads in its log; "
-        "ten times as long in start-up, first step and saving. 0: never.",
+        description="A rank that waits longer in one part of a step ends itself, with the stacks of its threads in its "
+        "log; ten times as long in start-up, first step and saving. 0: never.",
     )
 
 

@@ -1,9 +1,9 @@
 """Asked to stop: notes the signal at once, lets the training loop save at the next step, and ends the rank if it cannot.
 
 Python runs its own signal handlers only between two instructions of the main thread, which never come while that thread
-waits in a collective for a peer that hangs. So the C part of Python writes each signal to a socket (``set_wakeup_fd``) and a
-thread reads it there: the request is noted, and the time for it runs, whatever the main thread does. The save itself
-has to wait until the main thread is back from its collective.
+waits in a collective for a peer that hangs. So the C part of Python writes each signal to a socket (``set_wakeup_fd``)
+and a thread reads it there: the request is noted, and the time for it runs, whatever the main thread does. The save
+itself has to wait until the main thread is back from its collective.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import threading
 import time
 from typing import NoReturn
 
-from megamoe.statuses import STOP_FAILED, STOP_SIGNALS, STOPPED
+from megamoe.statuses import STOP_FAILED, STOP_SIGNALS, STOPPED, STOPPED_TWICE
 
 
 class StopRequest:
@@ -60,7 +60,7 @@ class StopRequest:
                 if self._starting:
                     self._end(STOPPED, f"{signal.Signals(number).name} before the first step: nothing to save")
                 if interrupts > 1:
-                    self._end(128 + signal.SIGINT, "SIGINT again: ends without a save")
+                    self._end(STOPPED_TWICE, "SIGINT again: ends without a save")
                 if not self.asked:
                     self.asked = True
                     self._say(f"{signal.Signals(number).name}: saves and stops after the next step")

@@ -14,24 +14,27 @@ from pathlib import Path
 import pytest
 
 from launcher.local import latest_attempt, launch_local
+from megamoe.config.schema import LaunchConfig
 from megamoe.errors import UserError
+from megamoe.statuses import STOPPED
 
 WORKER = Path(__file__).with_name("worker.py")
 Script = dict[str, dict[str, str]]
 
 
-def launch(run: Path, script: Script, nproc: int = 2, resume: str = "none", max_restarts: int = 2) -> int:
+def launch(run: Path, script: Script, nproc: int = 2, resume: str = "none", **limits: float) -> int:
     os.environ["TEST_RUN"] = str(run)
     command = [sys.executable, str(WORKER), json.dumps(script)]
-    return launch_local(Path("c.yaml"), ["a.b=1"], nproc, resume, max_restarts, run, command)
+    return launch_local(Path("c.yaml"), ["a.b=1"], nproc, resume, LaunchConfig.model_validate(limits), run, command)
 
 
 def launch_apart(run: Path, script: Script, nproc: int = 2) -> subprocess.Popen[str]:
     """The launcher in a process of its own, so that it can be killed."""
     code = (
         "import sys; from pathlib import Path; from launcher.local import launch_local;"
+        "from megamoe.config.schema import LaunchConfig;"
         "run, worker, script, n = sys.argv[1:];"
-        "sys.exit(launch_local(Path('c'), [], int(n), 'none', 1, Path(run), [sys.executable, worker, script]))"
+        "sys.exit(launch_local(Path('c'), [], int(n), 'none', LaunchConfig(stop_grace=5), Path(run), [sys.executable, worker, script]))"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code, str(run), str(WORKER), json.dumps(script), str(nproc)],
@@ -96,13 +99,13 @@ def test_kill_9_of_one_rank_restarts_all_from_the_last_checkpoint(
     assert isinstance(argv, list) and argv[argv.index("--resume") + 1] == "auto"
     error = capfd.readouterr().err
     assert "rank 1 was killed by SIGKILL" in error and "the last words" in error
-    assert "restart 1 of at most 2" in error
+    assert "restart 1 of at most 3" in error
     assert not alive(int(str(seen(tmp_path, 1, 0)["pid"])))
 
 
 def test_gives_up_after_max_restarts_with_exit_1(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     always = {str(attempt): {"1": "fail"} for attempt in range(1, 9)}
-    assert launch(tmp_path, always, max_restarts=2) == 1
+    assert launch(tmp_path, always, max_restarts=2, max_restarts_without_progress=9) == 1
     assert latest_attempt(tmp_path) == tmp_path / "logs/attempt-3"
     error = capfd.readouterr().err
     assert "rank 1 ended with status 1" in error and "a traceback's last line" in error
@@ -136,14 +139,15 @@ def test_output_of_rank_0_reaches_the_terminal_as_it_is_and_its_log(
     assert b"step 1\rstep 2\r" in log and b"to stdout\n" in log
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_the_ranks_after_they_have_saved(signum: signal.Signals, tmp_path: Path) -> None:
     launcher = launch_apart(tmp_path, {"1": {"0": "save", "1": "save"}})
     wait_for(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
     launcher.send_signal(signum)
     _, error = launcher.communicate(timeout=15)
-    assert launcher.returncode == 128 + signum
+    assert launcher.returncode == STOPPED
     assert signum.name in error and "Traceback" not in error
+    assert "go on with: megamoe train c --nproc 2 --resume auto" in error
     assert all((tmp_path / f"saved-{rank}").exists() for rank in (0, 1))
 
 

@@ -43,6 +43,6 @@ match script.get(str(attempt), {}).get(rank, "done"):
         (run / f"deaf-{rank}").touch()
         time.sleep(600)
     case "save":
-        signal.signal(signal.SIGTERM, lambda *_: ((run / f"saved-{rank}").touch(), sys.exit(0)))
+        signal.signal(signal.SIGTERM, lambda *_: ((run / f"saved-{rank}").touch(), os._exit(75)))
         (run / f"ready-{rank}").touch()
         time.sleep(600)
