@@ -64,7 +64,7 @@ def launch_local(
                 while ranks.running() and not caught:
                     time.sleep(POLL)
                 culprit = ranks.culprit()
-                stop = bool(caught) or asked_to_stop(ranks) is not None
+                stop = bool(caught) or asked_to_stop(ranks)
                 if stop:
                     by_themselves = stop_ranks(ranks, caught, limits.stop_grace + PEER_GRACE, terminal)
                 elif culprit is not None:
@@ -139,8 +139,9 @@ def _explain_hang(ranks: Ranks, frozen: dict[int, list[int]], terminal: Terminal
         terminal.say(f"rank {rank} is stopped ({which}; SIGSTOP, or a debugger): it takes part in nothing")
     for rank, status in ranks.ended().items():
         if status == HUNG:
-            (line,) = last_lines(ranks.logs[rank], 1) or [f"megamoe: rank {rank} hangs"]
-            terminal.say(f"{line.removeprefix('megamoe: ')}, log {ranks.logs[rank]}")
+            said = [line for line in last_lines(ranks.logs[rank]) if f"rank {rank} hangs" in line]
+            line = said[-1].removeprefix("megamoe: ") if said else f"rank {rank} hangs"
+            terminal.say(f"{line}, log {ranks.logs[rank]}")
 
 
 def _how(status: int) -> str:

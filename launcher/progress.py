@@ -71,7 +71,7 @@ class Restarts:
         if restarts < self._limits.max_restarts_without_progress:
             return None
         return (
-            f"no progress: {restarts} restarts in a row came no further than step {self._furthest} "
+            f"no progress: {restarts} restart{'s' if restarts > 1 else ''} in a row came no further than step {self._furthest} "
             f"({', then '.join(self._ends)})"
         )
 

@@ -16,9 +16,9 @@ _AS_ASKED = frozenset({STOPPED, *(-number for number in STOP_SIGNALS)})
 _ASKED = _AS_ASKED | {STOP_FAILED, STOPPED_TWICE}
 
 
-def asked_to_stop(ranks: Ranks) -> int | None:
-    """A rank that has ended because it was asked to stop, by whomever."""
-    return next((rank for rank, status in ranks.ended().items() if status in _ASKED), None)
+def asked_to_stop(ranks: Ranks) -> bool:
+    """Whether a rank has ended because somebody asked it, or one of its peers, to stop."""
+    return not _ASKED.isdisjoint(ranks.ended().values())
 
 
 def stop_ranks(ranks: Ranks, caught: list[int], grace: float, terminal: Terminal) -> bool:
@@ -30,7 +30,7 @@ def stop_ranks(ranks: Ranks, caught: list[int], grace: float, terminal: Terminal
     if caught:
         terminal.say(f"{signal_name(caught[0])}: the ranks save and stop; once more ends them at once")
     else:
-        terminal.say(f"rank {asked_to_stop(ranks)} was asked to stop: the others do the same")
+        terminal.say("a rank was asked to stop: all save and stop")
     ranks.signal(signal.SIGTERM)  # those that know already do not mind
     deadline = time.monotonic() + grace
     while len(caught) < 2 and time.monotonic() < deadline:

@@ -34,7 +34,8 @@ def launch_apart(run: Path, script: Script, nproc: int = 2) -> subprocess.Popen[
         "import sys; from pathlib import Path; from launcher.local import launch_local;"
         "from megamoe.config.schema import LaunchConfig;"
         "run, worker, script, n = sys.argv[1:];"
-        "sys.exit(launch_local(Path('c'), [], int(n), 'none', LaunchConfig(stop_grace=5), Path(run), [sys.executable, worker, script]))"
+        "limits = LaunchConfig(stop_grace=5); command = [sys.executable, worker, script];"
+        "sys.exit(launch_local(Path('c'), [], int(n), 'none', limits, Path(run), command))"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code, str(run), str(WORKER), json.dumps(script), str(nproc)],
