@@ -70,10 +70,8 @@ class Restarts:
         restarts = len(self._ends) - 1
         if restarts < self._limits.max_restarts_without_progress:
             return None
-        return (
-            f"no progress: {restarts} restart{'s' if restarts > 1 else ''} in a row came no further than step {self._furthest} "
-            f"({', then '.join(self._ends)})"
-        )
+        times = "a restart" if restarts == 1 else f"{restarts} restarts in a row"
+        return f"no progress: {times} came no further than step {self._furthest} ({', then '.join(self._ends)})"
 
     def left(self) -> bool:
         """Whether one more is allowed."""

@@ -16,7 +16,7 @@ import pytest
 from launcher.local import latest_attempt, launch_local
 from megamoe.config.schema import LaunchConfig
 from megamoe.errors import UserError
-from megamoe.statuses import STOPPED
+from megamoe.statuses import NO_PROGRESS, STOPPED
 
 WORKER = Path(__file__).with_name("worker.py")
 Script = dict[str, dict[str, str]]
@@ -138,6 +138,49 @@ def test_output_of_rank_0_reaches_the_terminal_as_it_is_and_its_log(
     assert captured.err == "step 1\rstep 2\r" and captured.out == "to stdout\n"
     log = (tmp_path / "logs/attempt-1/rank-00000.log").read_bytes()
     assert b"step 1\rstep 2\r" in log and b"to stdout\n" in log
+
+
+def test_restarts_that_come_no_further_end_with_a_status_of_their_own(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = {"1": {"1": "fail-at-next-step"}, **{str(attempt): {"1": "fail"} for attempt in range(2, 9)}}
+    assert launch(tmp_path, script, max_restarts=9) == NO_PROGRESS
+    assert latest_attempt(tmp_path) == tmp_path / "logs/attempt-3"
+    error = capfd.readouterr().err
+    ends = ", then ".join(["rank 1 ended with status 1"] * 3)
+    assert f"no progress: 2 restarts in a row came no further than step 1 ({ends}); the logs are in" in error
+
+
+def test_restarts_that_come_further_but_never_to_a_checkpoint_end_with_1(tmp_path: Path) -> None:
+    always = {str(attempt): {"1": "fail-at-next-step"} for attempt in range(1, 20)}
+    assert launch(tmp_path, always, max_restarts=4) == 1
+    assert latest_attempt(tmp_path) == tmp_path / "logs/attempt-5"
+
+
+def test_a_new_checkpoint_makes_the_count_of_restarts_begin_anew(tmp_path: Path) -> None:
+    assert launch(tmp_path, {str(attempt): {"1": "fail-after-save"} for attempt in range(1, 5)}, max_restarts=1) == 0
+    assert latest_attempt(tmp_path) == tmp_path / "logs/attempt-5"
+
+
+def test_a_hang_is_told_by_its_own_line_and_restarted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(tmp_path, {"1": {"0": "fail", "1": "hang-and-end"}}) == 0
+    error = capfd.readouterr().err
+    assert "megamoe: rank 1 hangs in step 7: waits for data, log " in error and "restart 1" in error
+
+
+def test_a_frozen_rank_is_named_and_killed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(tmp_path, {"1": {"0": "freeze", "1": "hang-and-end-later"}}) == 0
+    assert "rank 0 is stopped (its main process; SIGSTOP" in capfd.readouterr().err
+    assert not alive(int(str(seen(tmp_path, 1, 0)["pid"])))
+
+
+@pytest.mark.parametrize(("how", "status"), [("stopped", STOPPED), ("late", 143)])
+def test_a_rank_that_was_asked_to_stop_takes_the_others_along_and_is_not_restarted(
+    how: str, status: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(tmp_path, {"1": {"0": "hang", "1": how}}) == status
+    assert latest_attempt(tmp_path) == tmp_path / "logs/attempt-1"
+    assert "a rank was asked to stop: all save and stop" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
