@@ -34,8 +34,8 @@ def launch_local(
 
     When a rank dies or hangs, the others are ended and all start again with ``--resume auto``, as often as ``limits``
     allow. The logs of attempt A are in RUN/logs/attempt-A, with the process ids in pids.json. SIGINT, SIGTERM, SIGHUP
-    and SIGUSR1 make the ranks save and stop; a second one ends them at once. No process is left behind, whatever ends
-    this one.
+    and SIGUSR1 make the ranks save and stop; SIGINT on top of that ends them at once. No process is left behind,
+    whatever ends this one.
 
     Args:
         config_path: config file, handed to the ranks as it is.

@@ -22,18 +22,21 @@ def asked_to_stop(ranks: Ranks) -> bool:
 
 
 def stop_ranks(ranks: Ranks, caught: list[int], grace: float, terminal: Terminal) -> bool:
-    """Ask all ranks to save and end, and wait for it, at most ``grace`` seconds and until a second signal is caught.
+    """Ask all ranks to save and end, and wait for it, at most ``grace`` seconds and until Ctrl-C comes on top.
+
+    Only SIGINT is a person who does not want to wait. A batch system sends SIGUSR1, later SIGTERM, and a session that ends
+    SIGTERM and SIGHUP together: these mean the same as one.
 
     Returns:
         Whether all have ended by themselves.
     """
     if caught:
-        terminal.say(f"{signal_name(caught[0])}: the ranks save and stop; once more ends them at once")
+        terminal.say(f"{signal_name(caught[0])}: the ranks save and stop; Ctrl-C now ends them at once")
     else:
         terminal.say("a rank was asked to stop: all save and stop")
     ranks.signal(signal.SIGTERM)  # those that know already do not mind
     deadline = time.monotonic() + grace
-    while len(caught) < 2 and time.monotonic() < deadline:
+    while signal.SIGINT not in caught[1:] and time.monotonic() < deadline:
         if ranks.wait(POLL):
             return True
     return False
