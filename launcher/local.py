@@ -1,8 +1,8 @@
-"""Runs a training on this machine: N processes, restarted together from the last checkpoint when one dies."""
+"""Runs a training on this machine: N processes, restarted together from the last checkpoint when one dies or hangs."""
 
 from __future__ import annotations
 
-import re
+import shlex
 import signal
 import sys
 import time
@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.guard import Guard
-from launcher.output import Terminal, error_line, last_lines
-from launcher.ranks import POLL, REQUEST_IS_WRONG, Ranks, caught_signals
+from launcher.output import Terminal, error_line, last_lines, signal_name
+from launcher.progress import Restarts, run_state
+from launcher.ranks import POLL, Ranks, caught_signals
+from launcher.stopping import asked_to_stop, stop_ranks, stop_status
+from megamoe.config.schema import LaunchConfig
 from megamoe.errors import UserError
+from megamoe.statuses import FAILED, HUNG, NO_PROGRESS, REQUEST_IS_WRONG
 
-PEER_GRACE = 5.0  # seconds; a rank whose peer is gone has nothing to save
-STOP_GRACE = 60.0  # seconds; a rank that was asked to stop may be writing a checkpoint
+PEER_GRACE = 5.0  # seconds; a rank whose peer is gone has nothing to save, but something to say
 
 
 def launch_local(
@@ -23,61 +26,81 @@ def launch_local(
     overrides: Sequence[str],
     nproc: int,
     resume: str,
-    max_restarts: int,
+    limits: LaunchConfig,
     run_dir: Path,
     command: Sequence[str] = (sys.executable, "-m", "megamoe"),
 ) -> int:
     """Run ``COMMAND train CONFIG --resume RESUME OVERRIDES`` as ``nproc`` ranks until all of them are done.
 
-    When a rank dies, the others are ended and all start again with ``--resume auto``, at most ``max_restarts`` times.
-    The logs of attempt A are in RUN/logs/attempt-A, with the process ids in pids.json. SIGINT, SIGTERM and SIGHUP go
-    to the ranks as SIGTERM; a second one ends them at once. No process is left behind, whatever ends this one.
+    When a rank dies or hangs, the others are ended and all start again with ``--resume auto``, as often as ``limits``
+    allow. The logs of attempt A are in RUN/logs/attempt-A, with the process ids in pids.json. SIGINT, SIGTERM, SIGHUP
+    and SIGUSR1 make the ranks save and stop; SIGINT on top of that ends them at once. No process is left behind,
+    whatever ends this one.
 
     Args:
         config_path: config file, handed to the ranks as it is.
         overrides: ``KEY=VALUE`` settings, handed to the ranks as they are.
         nproc: number of ranks.
         resume: ``auto``, ``none`` or a checkpoint, for the first attempt.
-        max_restarts: restarts before giving up.
+        limits: how often to restart, and how long the ranks have to save when they are stopped.
         run_dir: the run's folder (``config.run.folder``).
         command: what to start in place of this Python's ``megamoe``.
 
     Returns:
-        Exit status: 0 all ranks are done; 2 a rank said that the request is wrong, its line is on stderr; 128 + signal
-        when stopped by one; 1 a rank failed and no restart was left.
+        Exit status: 0 all ranks are done; 2 a rank said that the request is wrong, its line is on stderr; 75 stopped,
+        and nothing is lost; 128 + signal: stopped without a save; 77 restarts bring no progress; 1 a rank failed and no
+        restart was left.
 
     Raises:
         UserError: the run's folder cannot be written.
     """
     terminal = Terminal()
     launched = time.time()
-    restarts = 0
+    restarts = Restarts(limits)
     with Guard() as guard, caught_signals() as caught:
         while True:
             arguments = [*command, "train", str(config_path), "--resume", resume, *overrides]
             with Ranks(arguments, nproc, _new_attempt(run_dir), terminal, guard) as ranks:
                 while ranks.running() and not caught:
                     time.sleep(POLL)
-                if caught:
-                    _stop(ranks, caught, terminal)
-                    return 128 + caught[0]
                 culprit = ranks.culprit()
-                if culprit is not None:
-                    ranks.signal(signal.SIGTERM)
+                stop = bool(caught) or asked_to_stop(ranks)
+                if stop:
+                    by_themselves = stop_ranks(ranks, caught, limits.stop_grace + PEER_GRACE, terminal)
+                elif culprit is not None:
+                    frozen = ranks.frozen() if culprit[1] == HUNG else {}
+                    ranks.signal(signal.SIGUSR2)  # where the others are now will be in their logs
                     ranks.wait(PEER_GRACE)
+            state = run_state(run_dir, launched)
+            resume = _resume_after(resume, state.checkpoint)
+            if stop:
+                status, words = stop_status(ranks.ended().values(), caught, by_themselves, state)
+                if words:
+                    typed = ["megamoe", "train", str(config_path), "--nproc", str(nproc), "--resume", resume, *overrides]
+                    terminal.say(f"{words}; go on with: {shlex.join(typed)}")
+                return status
             if culprit is None:
                 return 0
             rank, status = culprit
             if status == REQUEST_IS_WRONG:
                 _pass_on_error(ranks.logs, rank, terminal)
                 return status
-            _explain(ranks.logs[rank], rank, status, terminal)
-            if restarts == max_restarts:
-                terminal.say(f"giving up after {restarts} restarts (launch.max_restarts)")
-                return 1
-            restarts += 1
-            resume = _resume_after(resume, run_dir, launched)
-            terminal.say(f"restart {restarts} of at most {max_restarts}: all {nproc} ranks with --resume {resume}")
+            if status == HUNG:
+                _explain_hang(ranks, frozen, terminal)
+            else:
+                _explain(ranks.logs[rank], rank, status, terminal)
+            restarts.note(state, f"rank {rank} {_how(status)}")
+            if why := restarts.stuck():
+                terminal.say(f"{why}; the logs are in {run_dir / 'logs'}")
+                return NO_PROGRESS
+            if not restarts.left():
+                terminal.say(f"giving up after {restarts.count} restarts since the last checkpoint (launch.max_restarts)")
+                return FAILED
+            restarts.count += 1
+            terminal.say(
+                f"restart {restarts.count} of at most {limits.max_restarts} since the last checkpoint: "
+                f"all {nproc} ranks with --resume {resume}"
+            )
 
 
 def latest_attempt(run_dir: Path) -> Path | None:
@@ -96,14 +119,6 @@ def _new_attempt(run_dir: Path) -> Path:
     return folder
 
 
-def _stop(ranks: Ranks, caught: list[int], terminal: Terminal) -> None:
-    terminal.say(f"{_signal_name(caught[0])}: stopping the ranks; once more ends them at once")
-    ranks.signal(signal.SIGTERM)
-    deadline = time.monotonic() + STOP_GRACE
-    while len(caught) == 1 and time.monotonic() < deadline and not ranks.wait(POLL):
-        pass
-
-
 def _pass_on_error(logs: Sequence[Path], rank: int, terminal: Terminal) -> None:
     # What rank 0 said is on the terminal already; the others said the same, or rank 0 said nothing.
     if error_line(logs[0]) is None:
@@ -112,30 +127,31 @@ def _pass_on_error(logs: Sequence[Path], rank: int, terminal: Terminal) -> None:
 
 
 def _explain(log: Path, rank: int, status: int, terminal: Terminal) -> None:
-    how = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
     lines = last_lines(log)
     said = "; it said nothing" if not lines else "; its last lines:"
-    terminal.say("\n    ".join([f"rank {rank} {how}, log {log}{said}", *lines]))
+    terminal.say("\n    ".join([f"rank {rank} {_how(status)}, log {log}{said}", *lines]))
 
 
-def _resume_after(resume: str, run_dir: Path, launched: float) -> str:
-    """What the ranks resume from after a restart.
+def _explain_hang(ranks: Ranks, frozen: dict[int, list[int]], terminal: Terminal) -> None:
+    """Name the processes that are stopped, if that is why, and what each rank that ended itself waited for."""
+    for rank, processes in frozen.items():
+        which = ", ".join("its main process" if pid == ranks.pids[rank] else f"its process {pid}" for pid in processes)
+        terminal.say(f"rank {rank} is stopped ({which}; SIGSTOP, or a debugger): it takes part in nothing")
+    for rank, status in ranks.ended().items():
+        if status == HUNG:
+            said = [line for line in last_lines(ranks.logs[rank]) if f"rank {rank} hangs" in line]
+            line = said[-1].removeprefix("megamoe: ") if said else f"rank {rank} hangs"
+            terminal.say(f"{line}, log {ranks.logs[rank]}")
+
+
+def _how(status: int) -> str:
+    return f"was killed by {signal_name(-status)}" if status < 0 else f"ended with status {status}"
+
+
+def _resume_after(resume: str, checkpoint: Path | None) -> str:
+    """What the ranks resume from after this attempt.
 
     The newest checkpoint is right unless the user asked to start from a certain one: then the folder may hold later
-    steps of the history that was left behind, and only checkpoints written since count.
+    steps of the history that was left behind, and only ``checkpoint``, written since the launch, counts.
     """
-    if resume in ("auto", "none"):
-        return "auto"
-    written = [
-        path
-        for path in (run_dir / "checkpoints").glob("step-*")
-        if re.fullmatch(r"step-\d+", path.name) and path.stat().st_mtime >= launched
-    ]
-    return str(max(written, key=lambda path: int(path.name[5:]))) if written else resume
-
-
-def _signal_name(signum: int) -> str:
-    try:
-        return signal.Signals(signum).name
-    except ValueError:  # the real-time signals have no names
-        return f"signal {signum}"
+    return "auto" if resume in ("auto", "none") else str(checkpoint or resume)

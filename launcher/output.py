@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -70,3 +71,11 @@ def last_lines(log: Path, count: int = 12) -> list[str]:
 def error_line(log: Path) -> str | None:
     """The line by which a rank said that the request is wrong, when its log has one."""
     return next((line for line in reversed(last_lines(log, 100)) if line.startswith(ERROR_PREFIX)), None)
+
+
+def signal_name(signum: int) -> str:
+    """``SIGTERM`` for 15."""
+    try:
+        return signal.Signals(signum).name
+    except ValueError:  # the real-time signals have no names
+        return f"signal {signum}"

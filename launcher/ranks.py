@@ -15,10 +15,10 @@ from pathlib import Path
 
 from launcher.guard import Guard
 from launcher.output import Tee, Terminal
+from megamoe.statuses import HUNG, REQUEST_IS_WRONG, STOP_SIGNALS
 
 POLL = 0.02  # seconds; a death is noticed within it
 SETTLE = 0.2  # seconds; who died first is judged after the others had this long to follow
-REQUEST_IS_WRONG = 2
 
 
 class Ranks:
@@ -53,6 +53,11 @@ class Ranks:
     def __exit__(self, *_: object) -> None:
         self._end()
 
+    @property
+    def pids(self) -> list[int]:
+        """Process id of each rank."""
+        return [process.pid for process in self._processes]
+
     def ended(self) -> dict[int, int]:
         """Exit status of the ranks that have ended, in the order of their ends; negative numbers are signals."""
         for rank, process in enumerate(self._processes):
@@ -69,13 +74,24 @@ class Ranks:
         """(rank, exit status) of the rank that took the others down; None when none failed.
 
         The first death is followed at once by those of ranks whose peer has gone, and may not be the first to be seen.
-        So a wrong request comes first, then a signal from outside, then what a lost peer may look like as well: an
-        abort or a plain failure, the earliest of them.
+        So a wrong request comes first, then a signal from outside, then a hang, then what a lost peer may look like as
+        well: an abort or a plain failure, the earliest of them.
         """
         if any(self.ended().values()):
             time.sleep(SETTLE)
         failed = [(rank, status) for rank, status in self.ended().items() if status]
         return min(failed, key=lambda item: _severity(item[1]), default=None)
+
+    def frozen(self) -> dict[int, list[int]]:
+        """Processes that are stopped (SIGSTOP, a debugger): rank -> process ids in its session, its data workers too."""
+        found: dict[int, list[int]] = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                # state, parent, process group, session: what follows the name, which may contain anything
+                state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                if state in "Tt" and int(session) in self.pids:
+                    found.setdefault(self.pids.index(int(session)), []).append(int(entry.name))
+        return found
 
     def signal(self, signum: int) -> None:
         """Send ``signum`` to the ranks themselves; what they have started is theirs to end."""
@@ -103,7 +119,7 @@ class Ranks:
                 start_new_session=True,
             )
         self._processes.append(process)
-        self._guard.watch(process.pid for process in self._processes)
+        self._guard.watch(self.pids)
         if process.stdout is not None and process.stderr is not None:
             self._tees.append(Tee(process.stdout, log, terminal, to_stderr=False))
             self._tees.append(Tee(process.stderr, log, terminal, to_stderr=True))
@@ -121,7 +137,7 @@ class Ranks:
 
     def _write_pids(self, path: Path) -> None:
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps({rank: process.pid for rank, process in enumerate(self._processes)}) + "\n")
+        temporary.write_text(json.dumps(dict(enumerate(self.pids))) + "\n")
         temporary.replace(path)
 
 
@@ -159,10 +175,10 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGHUP in a list in place of dying from them. Under nohup SIGHUP stays ignored."""
+    """Collect what asks to stop in a list in place of dying from it. Under nohup SIGHUP stays ignored."""
     caught: list[int] = []
     before = {}
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in (*STOP_SIGNALS, signal.SIGHUP):
         if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
             before[signum] = signal.signal(signum, lambda number, _: caught.append(number))
     try:
@@ -175,4 +191,6 @@ def caught_signals() -> Iterator[list[int]]:
 def _severity(status: int) -> int:
     if status == REQUEST_IS_WRONG:
         return 0
-    return 1 if status < 0 and status not in (-signal.SIGABRT, -signal.SIGTERM) else 2
+    if status < 0 and status not in (-signal.SIGABRT, -signal.SIGTERM):
+        return 1
+    return 2 if status == HUNG else 3

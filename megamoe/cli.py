@@ -1,6 +1,7 @@
 """The ``megamoe`` command: a verb per function, heavy imports inside the verbs so that ``--help`` answers at once.
 
-Exit status: 0 done; 2 the request is wrong, said in one line on stderr; 130 interrupted; else a failure while running.
+Exit status: 0 done; 2 the request is wrong, said in one line on stderr; 75 a training stopped and saved when it was asked
+to; 130 interrupted; else a failure while running. All of them are in docs/faults.md.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import click
 
 from megamoe import __version__
 from megamoe.errors import UserError
+from megamoe.statuses import FAILED, REQUEST_IS_WRONG
 
 PATH = click.Path(path_type=Path)
 
@@ -53,8 +55,7 @@ def train(ctx: click.Context, config: Path, overrides: tuple[str, ...], nproc: i
             raise UserError(f"--nproc {nproc}: this is one of WORLD_SIZE={os.environ['WORLD_SIZE']} ranks; leave it out")
         from megamoe.train.run import train as train_rank
 
-        train_rank(settings, resume)
-        return
+        ctx.exit(train_rank(settings, resume))
 
     from launcher.local import launch_local
     from megamoe.metrics.stream import refuse_existing
@@ -66,7 +67,7 @@ def train(ctx: click.Context, config: Path, overrides: tuple[str, ...], nproc: i
         refuse_existing(settings.run.folder)
     elif resume != "auto" and not Path(resume).exists():
         raise UserError(f"--resume {resume}: no such checkpoint; give its folder, or auto for the newest one")
-    ctx.exit(launch_local(config, overrides, nproc or 1, resume, settings.launch.max_restarts, run_dir=settings.run.folder))
+    ctx.exit(launch_local(config, overrides, nproc or 1, resume, settings.launch, run_dir=settings.run.folder))
 
 
 @megamoe.command(name="eval", short_help="Caption held-out pictures and count the right ones.")
@@ -206,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         status = error.exit_code
     except UserError as error:
         _say(f"error: {_one_line(error)}")
-        status = 2
+        status = REQUEST_IS_WRONG
     except click.Abort:
         _say(f"rank {os.environ['RANK']} interrupted" if _is_rank() else "interrupted")
         status = 130
@@ -214,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if not _is_rank():
             raise
         _log_traceback()
-        status = 1
+        status = FAILED
     _leave(status if isinstance(status, int) else 0)
 
 

@@ -20,6 +20,7 @@ class TrainState:
         lost: Samples that could not be used so far.
         recomputed: Steps that were not finite at first.
         skipped: Steps that were not finite twice, and changed nothing.
+        skipped_in_a_row: Those of them that were the last steps.
         position: Where the run is in its data: :meth:`megamoe.data.state.DataState.to_json`.
         config: The resolved config, as a tree.
         tokenizer: Fingerprint of the tokenizer.
@@ -34,6 +35,7 @@ class TrainState:
     lost: int
     recomputed: int
     skipped: int
+    skipped_in_a_row: int
     position: dict[str, Any]
     config: dict[str, Any]
     tokenizer: str

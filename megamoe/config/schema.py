@@ -229,6 +229,13 @@ class TrainConfig(Section):
         "when computed once more.",
     )
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16 keeps fp32 master weights.")
+    # Longer than the six tries that a stuck shard gets (6.5 minutes), shorter than the timeout of collectives (10), which
+    # would end the ranks that wait and not say where the one hangs that they wait for.
+    watchdog_seconds: NonNegative = Field(
+        480.0,
+        description="A rank that waits longer in one part of a step ends itself, with the stacks of its threads in its "
+        "log; ten times as long in start-up, first step and saving. 0: never.",
+    )
 
 
 class OptimConfig(Section):
@@ -273,7 +280,17 @@ class MetricsConfig(Section):
 class LaunchConfig(Section):
     """How `megamoe train --nproc N` supervises its local processes."""
 
-    max_restarts: Count = Field(3, description="Restarts from the last checkpoint after a rank has died.")
+    max_restarts: Count = Field(
+        3, description="Restarts after a rank has died or hangs; each new checkpoint makes the count begin anew."
+    )
+    # One restart may meet the same fault by chance. A second one that ends at that step shows that it is in the run.
+    max_restarts_without_progress: PositiveInt = Field(
+        2, description="Stop, with status 77, when so many restarts in a row end at no later step than was reached before."
+    )
+    # SLURM kills a step 30 s after SIGTERM unless told otherwise, but sends SIGUSR1 as early as one asks.
+    stop_grace: Positive = Field(
+        60.0, description="Seconds that the ranks have to finish a step and save when they are asked to stop."
+    )
 
 
 class Config(Section):

@@ -199,7 +199,7 @@ class StepLoader(Iterator[StepBatch]):
             return iter(stream)
         # a fork server starts workers from a clean process (no CUDA, no threads) that has imported torch only once
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["megamoe.data.worker"])
+        context.set_forkserver_preload(["megamoe.data.deaf", "megamoe.data.worker"])
         loader = DataLoader(
             stream,
             batch_size=None,

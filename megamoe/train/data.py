@@ -14,7 +14,9 @@ from megamoe.data.order import Anchor
 from megamoe.data.state import DataState, earliest
 from megamoe.errors import DataError
 from megamoe.train.records import LeftOutShard, RunRecords
+from megamoe.train.stop import StopRequest
 from megamoe.train.totals import StepTotals, step_totals
+from megamoe.train.watchdog import Watchdog
 
 _T = TypeVar("_T")
 
@@ -28,7 +30,13 @@ class _Failure(NamedTuple):
 
 
 def next_batch(
-    loader: StepLoader | None, data: DataConfig, records: RunRecords, step: int, device: torch.device
+    loader: StepLoader | None,
+    data: DataConfig,
+    records: RunRecords,
+    step: int,
+    device: torch.device,
+    stop: StopRequest,
+    watchdog: Watchdog,
 ) -> tuple[StepBatch | None, StepTotals]:
     """This rank's part of the next step, and the counts over all ranks. All ranks call, and all come to the same end.
 
@@ -37,6 +45,7 @@ def next_batch(
             more than ``data.max_bad_shards`` of them, or too many samples in a row.
     """
     while True:
+        watchdog.enter("waits for its part of the data", step)
         before = loader.state if loader is not None else None
         batch, mine = None, None
         try:
@@ -45,7 +54,8 @@ def next_batch(
             mine = _Failure(error.shard, str(error), error.count)
         except DataError as error:
             mine = _Failure(None, str(error), -1)
-        totals = step_totals(batch, mine is not None, device)
+        watchdog.enter("waits for the other ranks to have their part of the data", step)
+        totals = step_totals(batch, mine is not None, stop.asked, device)
         if not totals.failed:
             return batch, totals
         failures = _gather(mine)

@@ -16,9 +16,12 @@ from megamoe.data.tokenizer import Tokenizer
 from megamoe.errors import DataError, UserError
 from megamoe.metrics.stream import refuse_existing
 from megamoe.parallel.layout import plan_layout
+from megamoe.statuses import STOPPED
+from megamoe.train.stop import StopRequest
+from megamoe.train.watchdog import Watchdog
 
 
-def train(config: Config, resume: str) -> None:
+def train(config: Config, resume: str) -> int:
     """Train as rank RANK of WORLD_SIZE.
 
     Args:
@@ -26,10 +29,15 @@ def train(config: Config, resume: str) -> None:
         resume: ``auto`` goes on from the newest checkpoint of the run's folder, if there is one; ``none`` starts a new
             run; anything else is a run or checkpoint folder to go on from.
 
+    Returns:
+        Exit status: 0 when all steps are done, 75 when all ranks have saved and stopped because one was asked to.
+
     Raises:
         UserError: the request is wrong; found before any process group is made where it can be.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    stop = StopRequest(rank, config.launch.stop_grace)
+    watchdog = Watchdog(rank, config.train.watchdog_seconds)
     layout = plan_layout(config, world_size)
     if config.model.attention == "flex" and not torch.cuda.is_available():
         raise UserError("model.attention is flex, which trains on CUDA only; use model.attention=sdpa or auto")
@@ -46,7 +54,8 @@ def train(config: Config, resume: str) -> None:
     with joined_world() as device:
         from megamoe.train.trainer import Trainer
 
-        Trainer(config, layout, tokenizer, data, device, checkpoint, fresh=resume == "none").run()
+        trainer = Trainer(config, layout, tokenizer, data, device, checkpoint, resume == "none", stop, watchdog)
+        return 0 if trainer.run() else STOPPED
 
 
 def resume_point(config: Config, resume: str) -> Path | None:

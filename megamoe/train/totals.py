@@ -22,8 +22,8 @@ _OF_READING = ("downloads", "cache_hits", "retries", "received", "seconds")
 class StepTotals:
     """Over the global batch: labels, non-padding tokens, samples trained on, samples lost, captions cut.
 
-    ``lost_shard``: those of the samples lost whose shard is in quarantine. ``failed``: ranks whose part is missing; then
-    the other counts mean nothing.
+    ``lost_shard``: those of the samples lost whose shard is in quarantine. ``stops``: ranks that were asked to stop.
+    ``failed``: ranks whose part is missing; then the other counts mean nothing.
     """
 
     targets: int
@@ -32,16 +32,17 @@ class StepTotals:
     lost: int
     lost_shard: int
     truncated: int
+    stops: int
     failed: int
 
 
-def step_totals(batch: StepBatch | None, failed: bool, device: torch.device) -> StepTotals:
+def step_totals(batch: StepBatch | None, failed: bool, stop: bool, device: torch.device) -> StepTotals:
     """Sum the counts of the ranks that load data; the others pass None. All ranks call."""
-    mine = StepTotals(0, 0, 0, 0, 0, 0, int(failed))
+    mine = StepTotals(0, 0, 0, 0, 0, 0, int(stop), int(failed))
     if batch is not None:
         tokens = sum(int((text[:, 1] > 0).sum()) for _, text in batch.micro_batches)
         shard = sum(count for (_, what), count in batch.counters.items() if what == "lost_shard")
-        mine = StepTotals(batch.targets, tokens, len(batch.samples), len(batch.lost), shard, batch.truncated, 0)
+        mine = StepTotals(batch.targets, tokens, len(batch.samples), len(batch.lost), shard, batch.truncated, int(stop), 0)
     counts = torch.tensor(astuple(mine), dtype=torch.int64, device=device)
     dist.all_reduce(counts)
     return StepTotals(*counts.tolist())

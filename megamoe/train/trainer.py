@@ -30,7 +30,9 @@ from megamoe.parallel.memory import peak_memory, predict_memory
 from megamoe.train.data import next_batch, whole_state
 from megamoe.train.records import RunRecords, truncate_lost
 from megamoe.train.schedule import learning_rate
+from megamoe.train.stop import StopRequest
 from megamoe.train.totals import StepTotals, check_losses, reading_totals
+from megamoe.train.watchdog import Watchdog
 
 _PACKAGES = ("torch", "deepspeed", "safetensors")
 
@@ -47,7 +49,10 @@ class Trainer:
         device: torch.device,
         checkpoint: Path | None,
         fresh: bool,
+        stop: StopRequest,
+        watchdog: Watchdog,
     ):
+        self.stop, self.watchdog = stop, watchdog
         self.config, self.layout, self.device = config, layout, device
         self.rank = dist.get_rank()
         self.tokenizer = tokenizer
@@ -73,8 +78,11 @@ class Trainer:
         dist.barrier()
         self.records = RunRecords(config, self.rank, None if fresh else self.step, tokenizer)
 
-    def run(self) -> None:
-        """Train until ``train.steps`` steps are done.
+    def run(self) -> bool:
+        """Train until ``train.steps`` steps are done, or until some rank is asked to stop; then all have saved.
+
+        Returns:
+            Whether all steps are done.
 
         Raises:
             NonFiniteError: loss or gradient of more than ``train.max_skipped`` steps in a row is NaN or Inf.
@@ -82,22 +90,31 @@ class Trainer:
             DataError: too many samples cannot be used, or a shard cannot be read.
             CheckpointError: a checkpoint cannot be written.
         """
+        self.stop.started()
+        stopped, steps = False, self.config.train.steps
         try:
-            while self.step < self.config.train.steps:
-                self._step()
-                if self.step % self.config.checkpoint.every == 0 or self.step == self.config.train.steps:
+            while self.step < steps and not stopped:
+                stopped = self._step()
+                if stopped or self.step % self.config.checkpoint.every == 0 or self.step == steps:
                     if self.config.train.check_every:
                         self._check_agreement()  # or the next start would go on from the fault
+                    self.watchdog.enter("saves a checkpoint", self.step, slow=True)
                     self.checkpointer.save(self._state())
-            self._report_memory()
+                self.watchdog.started()
+            if self.step == steps:
+                self._report_memory()
+            return self.step == steps
         finally:
             self.records.close()
             if self.loader is not None:
                 self.loader.close()
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """One step; whether some rank was asked to stop before it, which all ranks learn alike."""
         started = time.perf_counter()
-        batch, totals = next_batch(self.loader, self.config.data, self.records, self.step + 1, self.device)
+        batch, totals = next_batch(
+            self.loader, self.config.data, self.records, self.step + 1, self.device, self.stop, self.watchdog
+        )
         self.samples += totals.samples
         self.tokens += totals.tokens
         self.lost += totals.lost
@@ -108,6 +125,7 @@ class Trainer:
             # for shards in quarantine there is a limit of its own, data.max_bad_shards
             check_losses(self.lost - self.lost_shard, self.samples, self.config.data.max_corrupt)
         lr = learning_rate(self.config.optim, self.step + 1, self.config.train.steps)
+        self.watchdog.enter("computes with the other ranks", self.step + 1)
         result = self._compute(batch, totals, lr)
         self.step += 1
         if self.config.train.check_every and self.step % self.config.train.check_every == 0:
@@ -115,6 +133,7 @@ class Trainer:
         given, reading = reading_totals(batch, self.sources, self.device)
         record = self._record(result, totals, lr, batch, time.perf_counter() - started)
         self.records.write(record | {"sources": given, "reading": reading}, batch if result.finite else None)
+        return totals.stops > 0
 
     def _compute(self, batch: StepBatch | None, totals: StepTotals, lr: float) -> StepResult:
         """Take the step. One that is not finite leaves the state as it was and is computed once more.
@@ -205,6 +224,7 @@ class Trainer:
             lost=self.lost,
             recomputed=self.recomputed,
             skipped=self.skipped,
+            skipped_in_a_row=self._skipped_in_a_row,
             lost_shard=self.lost_shard,
             position=whole_state(self.loader, self.config.train.global_batch).to_json(),
             config=self.config.model_dump(mode="json"),
@@ -216,7 +236,7 @@ class Trainer:
         state = self.checkpointer.load(checkpoint)
         self.step, self.tokens, self.samples = state.step, state.tokens, state.samples
         self.lost, self.lost_shard = state.lost, state.lost_shard
-        self.recomputed, self.skipped = state.recomputed, state.skipped
+        self.recomputed, self.skipped, self._skipped_in_a_row = state.recomputed, state.skipped, state.skipped_in_a_row
         if self.loader is not None:
             self.loader.go_on_from(DataState.from_json(state.position, f"checkpoint {checkpoint}"))
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from launcher.local import launch_local
+from megamoe.config.schema import LaunchConfig
 from megamoe.metrics import MetricsWriter
 
 RUN, DATA, STEPS = Path("runs/demo"), Path("data/demo"), 20
@@ -16,7 +17,7 @@ RUN, DATA, STEPS = Path("runs/demo"), Path("data/demo"), 20
 def train() -> int:
     if "RANK" not in os.environ:
         command = [sys.executable, __file__]
-        return launch_local(Path("configs/demo.yaml"), [], 4, "none", 3, RUN, command)
+        return launch_local(Path("configs/demo.yaml"), [], 4, "none", LaunchConfig(), RUN, command)
     if os.environ["RANK"] != "0":
         while not (RUN / "done").exists():
             time.sleep(0.05)

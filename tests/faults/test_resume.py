@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from megamoe.statuses import STOPPED
+from tests.faults.launched import launched, saved
 from tests.training import ROOT, audit, largest_difference, make_data, metrics, small_config, train, write_config
 
 LAYOUT = ("parallel.pipeline=2", "parallel.expert=2", "data.workers=1", "train.precision=bf16")
@@ -70,6 +72,32 @@ def test_killed_at_a_random_step_and_resumed_gives_identical_metrics(folder: Pat
     rows = metrics(run)
     assert [row["step"] for row in rows] == list(range(1, 25))
     assert _exact(rows) == _exact(metrics(folder / "runs/whole"))
+    assert audit(run) == audit(folder / "runs/whole")
+
+
+def test_stopped_by_a_signal_and_then_frozen_it_ends_as_the_undisturbed_run(folder: Path) -> None:
+    rng = random.Random(7)
+    settings = (*LAYOUT, "data.workers=0", "train.watchdog_seconds=6")
+    with launched(folder, "disturbed", 4, *settings) as one:
+        one.until_step(3)
+        os.kill(one.rank(rng.randrange(4)), signal.SIGTERM)
+        status, said = one.end()
+    run = one.run
+    assert status == STOPPED, said
+    stopped_at = metrics(run)[-1]["step"]
+    assert saved(run)[-1] == stopped_at < 24, "it has not stopped"
+    assert f"saved at step {stopped_at}; go on with: megamoe train config.yaml --nproc 4 --resume auto" in said
+    assert len(list(run.glob("logs/attempt-*"))) == 1, "it was started again"
+
+    with launched(folder, "disturbed", 4, *settings) as two:
+        two.until_step(stopped_at + 2)
+        frozen = rng.randrange(4)
+        os.kill(two.rank(frozen), signal.SIGSTOP)
+        status, said = two.end()
+    assert status == 0, said
+    assert f"rank {frozen} is stopped (its main process" in said
+    assert "hangs in step" in said and "restart 1 of at most 3" in said
+    assert _exact(metrics(run)) == _exact(metrics(folder / "runs/whole"))
     assert audit(run) == audit(folder / "runs/whole")
 
 

@@ -14,24 +14,28 @@ from pathlib import Path
 import pytest
 
 from launcher.local import latest_attempt, launch_local
+from megamoe.config.schema import LaunchConfig
 from megamoe.errors import UserError
+from megamoe.statuses import NO_PROGRESS, STOPPED
 
 WORKER = Path(__file__).with_name("worker.py")
 Script = dict[str, dict[str, str]]
 
 
-def launch(run: Path, script: Script, nproc: int = 2, resume: str = "none", max_restarts: int = 2) -> int:
+def launch(run: Path, script: Script, nproc: int = 2, resume: str = "none", **limits: float) -> int:
     os.environ["TEST_RUN"] = str(run)
     command = [sys.executable, str(WORKER), json.dumps(script)]
-    return launch_local(Path("c.yaml"), ["a.b=1"], nproc, resume, max_restarts, run, command)
+    return launch_local(Path("c.yaml"), ["a.b=1"], nproc, resume, LaunchConfig.model_validate(limits), run, command)
 
 
 def launch_apart(run: Path, script: Script, nproc: int = 2) -> subprocess.Popen[str]:
     """The launcher in a process of its own, so that it can be killed."""
     code = (
         "import sys; from pathlib import Path; from launcher.local import launch_local;"
+        "from megamoe.config.schema import LaunchConfig;"
         "run, worker, script, n = sys.argv[1:];"
-        "sys.exit(launch_local(Path('c'), [], int(n), 'none', 1, Path(run), [sys.executable, worker, script]))"
+        "limits = LaunchConfig(stop_grace=5); command = [sys.executable, worker, script];"
+        "sys.exit(launch_local(Path('c'), [], int(n), 'none', limits, Path(run), command))"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code, str(run), str(WORKER), json.dumps(script), str(nproc)],
@@ -96,13 +100,13 @@ def test_kill_9_of_one_rank_restarts_all_from_the_last_checkpoint(
     assert isinstance(argv, list) and argv[argv.index("--resume") + 1] == "auto"
     error = capfd.readouterr().err
     assert "rank 1 was killed by SIGKILL" in error and "the last words" in error
-    assert "restart 1 of at most 2" in error
+    assert "restart 1 of at most 3" in error
     assert not alive(int(str(seen(tmp_path, 1, 0)["pid"])))
 
 
 def test_gives_up_after_max_restarts_with_exit_1(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     always = {str(attempt): {"1": "fail"} for attempt in range(1, 9)}
-    assert launch(tmp_path, always, max_restarts=2) == 1
+    assert launch(tmp_path, always, max_restarts=2, max_restarts_without_progress=9) == 1
     assert latest_attempt(tmp_path) == tmp_path / "logs/attempt-3"
     error = capfd.readouterr().err
     assert "rank 1 ended with status 1" in error and "a traceback's last line" in error
@@ -136,14 +140,58 @@ def test_output_of_rank_0_reaches_the_terminal_as_it_is_and_its_log(
     assert b"step 1\rstep 2\r" in log and b"to stdout\n" in log
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_restarts_that_come_no_further_end_with_a_status_of_their_own(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = {"1": {"1": "fail-at-next-step"}, **{str(attempt): {"1": "fail"} for attempt in range(2, 9)}}
+    assert launch(tmp_path, script, max_restarts=9) == NO_PROGRESS
+    assert latest_attempt(tmp_path) == tmp_path / "logs/attempt-3"
+    error = capfd.readouterr().err
+    ends = ", then ".join(["rank 1 ended with status 1"] * 3)
+    assert f"no progress: 2 restarts in a row came no further than step 1 ({ends}); the logs are in" in error
+
+
+def test_restarts_that_come_further_but_never_to_a_checkpoint_end_with_1(tmp_path: Path) -> None:
+    always = {str(attempt): {"1": "fail-at-next-step"} for attempt in range(1, 20)}
+    assert launch(tmp_path, always, max_restarts=4) == 1
+    assert latest_attempt(tmp_path) == tmp_path / "logs/attempt-5"
+
+
+def test_a_new_checkpoint_makes_the_count_of_restarts_begin_anew(tmp_path: Path) -> None:
+    assert launch(tmp_path, {str(attempt): {"1": "fail-after-save"} for attempt in range(1, 5)}, max_restarts=1) == 0
+    assert latest_attempt(tmp_path) == tmp_path / "logs/attempt-5"
+
+
+def test_a_hang_is_told_by_its_own_line_and_restarted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(tmp_path, {"1": {"0": "fail", "1": "hang-and-end"}}) == 0
+    error = capfd.readouterr().err
+    assert "megamoe: rank 1 hangs in step 7: waits for data, log " in error and "restart 1" in error
+
+
+def test_a_frozen_rank_is_named_and_killed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(tmp_path, {"1": {"0": "freeze", "1": "hang-and-end-later"}}) == 0
+    assert "rank 0 is stopped (its main process; SIGSTOP" in capfd.readouterr().err
+    assert not alive(int(str(seen(tmp_path, 1, 0)["pid"])))
+
+
+@pytest.mark.parametrize(("how", "status"), [("stopped", STOPPED), ("late", 143)])
+def test_a_rank_that_was_asked_to_stop_takes_the_others_along_and_is_not_restarted(
+    how: str, status: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(tmp_path, {"1": {"0": "hang", "1": how}}) == status
+    assert latest_attempt(tmp_path) == tmp_path / "logs/attempt-1"
+    assert "a rank was asked to stop: all save and stop" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_the_ranks_after_they_have_saved(signum: signal.Signals, tmp_path: Path) -> None:
     launcher = launch_apart(tmp_path, {"1": {"0": "save", "1": "save"}})
     wait_for(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
     launcher.send_signal(signum)
     _, error = launcher.communicate(timeout=15)
-    assert launcher.returncode == 128 + signum
+    assert launcher.returncode == STOPPED
     assert signum.name in error and "Traceback" not in error
+    assert "go on with: megamoe train c --nproc 2 --resume auto" in error
     assert all((tmp_path / f"saved-{rank}").exists() for rank in (0, 1))
 
 

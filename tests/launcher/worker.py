@@ -27,6 +27,28 @@ match script.get(str(attempt), {}).get(rank, "done"):
     case "refuse":
         print("megamoe: error: optim.lr 7: is silly; use 1", file=sys.stderr)
         sys.exit(2)
+    case "hang-and-end":
+        print("the stacks of threads\nmegamoe: rank 1 hangs in step 7: waits for data", flush=True)
+        os._exit(76)
+    case "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    case "hang-and-end-later":
+        time.sleep(1)
+        os._exit(76)
+    case "stopped":
+        os._exit(75)
+    case "late":
+        (run / "metrics.jsonl").write_text('{"step":7}\n')
+        os._exit(143)
+    case "fail-at-next-step":
+        with (run / "metrics.jsonl").open("a") as metrics:
+            metrics.write(f'{{"step":{attempt}}}\n')
+        sys.exit("that step")
+    case "fail-after-save":
+        (run / f"checkpoints/step-{attempt:08d}").mkdir(parents=True)
+        with (run / "metrics.jsonl").open("a") as metrics:
+            metrics.write(f'{{"step":{attempt}}}\n')
+        sys.exit("after the save")
     case "fail":
         sys.exit("a traceback's last line")
     case "die":
@@ -43,6 +65,6 @@ match script.get(str(attempt), {}).get(rank, "done"):
         (run / f"deaf-{rank}").touch()
         time.sleep(600)
     case "save":
-        signal.signal(signal.SIGTERM, lambda *_: ((run / f"saved-{rank}").touch(), sys.exit(0)))
+        signal.signal(signal.SIGTERM, lambda *_: ((run / f"saved-{rank}").touch(), os._exit(75)))
         (run / f"ready-{rank}").touch()
         time.sleep(600)

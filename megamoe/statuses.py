@@ -1,0 +1,32 @@
+"""Exit statuses of ranks and of the launcher, so that whoever started them knows what to do next.
+
+Listed for users in docs/faults.md. 75 and above 128 follow sysexits.h and the shells; 0, 1 and 2 are everybody's.
+"""
+
+from __future__ import annotations
+
+import signal
+
+FAILED = 1
+"""A failure while running; for the launcher: and no restart was left."""
+
+REQUEST_IS_WRONG = 2
+"""Said in one line on stderr; the same request fails again."""
+
+STOPPED = 75
+"""Was asked to stop; nothing is lost, and the same command with ``--resume auto`` goes on (EX_TEMPFAIL)."""
+
+HUNG = 76
+"""Of a rank: no progress for too long, so it wrote the stacks of its threads and ended itself."""
+
+NO_PROGRESS = 77
+"""Of the launcher: restart after restart ended at the same step."""
+
+STOP_FAILED = 128 + signal.SIGTERM
+"""Of a rank: was asked to stop and could not save in time, since a peer hangs or the save takes too long."""
+
+STOPPED_TWICE = 128 + signal.SIGINT
+"""Of a rank: a second Ctrl-C did not let it save."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""What asks a rank to save and stop. SIGUSR1 is what batch systems send before the time limit."""
