@@ -15,6 +15,7 @@ from typing import NoReturn
 import click
 
 from megamoe import __version__
+from megamoe.commands.checkpoint import checkpoint
 from megamoe.errors import UserError
 
 PATH = click.Path(path_type=Path)
@@ -35,7 +36,7 @@ def megamoe() -> None:
     default="none",
     show_default=True,
     metavar="auto|none|PATH",
-    help="auto: the run's newest checkpoint, or the beginning when it has none; none: a new run, in a folder without "
+    help="auto: the run's newest good checkpoint, or the beginning when it has none; none: a new run, in a folder without "
     "one; PATH: a certain checkpoint.",
 )
 @click.pass_context
@@ -149,6 +150,9 @@ def demo(ctx: click.Context) -> None:
     from megamoe.demo import run_demo
 
     ctx.exit(run_demo())
+
+
+megamoe.add_command(checkpoint)
 
 
 @megamoe.group()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megamoe.checkpoint.contents import Expected, expected_tensors
+from megamoe.checkpoint.folders import checkpoints_of
 from megamoe.checkpoint.manifest import Manifest, StoredTensor, model_fingerprint, read_manifest
 from megamoe.checkpoint.state import TrainState
 from megamoe.checkpoint.store import WEIGHT, piece_key
@@ -38,6 +40,26 @@ class Verdict:
     weights: int = 0
     moments: int = 0
     experts: int = 0
+
+
+def to_verify(source: Path) -> tuple[list[Path], int]:
+    """The checkpoints that ``source`` means, itself or all complete ones of a run, and the bytes they say they have.
+
+    Raises:
+        CheckpointError: it is neither a checkpoint nor a run with one.
+    """
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: no such folder; give a run or a checkpoint")
+    folders = [folder for _, folder in checkpoints_of(source)]
+    if not (source / "checkpoints").is_dir():
+        folders = [source]
+    if not folders:
+        raise CheckpointError(f"{source}: neither a checkpoint nor a run with one")
+    size = 0
+    for folder in folders:
+        with suppress(CheckpointError):  # verify_checkpoint says it
+            size += read_manifest(folder).size
+    return folders, size
 
 
 def verify_checkpoint(folder: Path, on_bytes: Callable[[int], None] = lambda count: None) -> Verdict:
