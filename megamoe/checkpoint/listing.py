@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,7 +51,8 @@ def list_checkpoints(run: Path) -> list[Listed]:
     found += [_look(step, folder, "abandoned", None) for step, folder in abandoned_of(run)]
     for folder in incomplete_of(run):
         step = int(folder.name.rpartition("-")[2])
-        found.append(Listed(step, folder, "incomplete", _changed(folder), _size(folder), None, None, None))
+        with suppress(FileNotFoundError):  # published in this moment
+            found.append(Listed(step, folder, "incomplete", _changed(folder), _size(folder), None, None, None))
     return sorted(found, key=lambda listed: (listed.step, listed.folder.name))
 
 
