@@ -63,14 +63,14 @@ class Pair:
 
 
 def prepare(folder: Path) -> None:
-    """Data and configs, once."""
-    if (folder / "tokenizer.model").exists():
-        return
+    """Data and configs; what is there already is not made again."""
     folder.mkdir(parents=True, exist_ok=True)
-    make_data(folder)
     for name, optim in OPTIMIZERS.items():
         settings = small_config(train={"steps": LAST}, optim=optim, checkpoint={"every": SAVED, "keep": LAST})
         write_config(folder, settings, f"{name}.yaml")
+    if not (folder / "tokenizer.model").exists():  # it is made last
+        shutil.rmtree(folder / "shards", ignore_errors=True)
+        make_data(folder)
 
 
 def measure(folder: Path, optimizer: str, saved: str, resumed: str) -> Pair:

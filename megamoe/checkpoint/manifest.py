@@ -2,7 +2,7 @@
 
 ``manifest.json`` holds ``format``, ``written`` (time, UTC), ``layout`` (which one wrote it: for people, never needed to
 load), ``model`` (fingerprint of the names and sizes of all weights), ``state`` (a ``TrainState``, with the config, the
-fingerprints of tokenizer and data, and versions), ``block`` and ``files`` (size and checksums of blocks), ``tensors``
+fingerprints of tokenizer and data, and versions), ``files`` (size and checksums of blocks), ``tensors``
 (size, dtype and pieces ``[first element, elements, file]``) and ``checksum``, that of all the others.
 """
 
@@ -65,7 +65,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "layout": manifest.layout,
         "model": manifest.model,
         "state": manifest.state,
-        "block": BLOCK,
         "files": {name: {"size": file.size, "blocks": file.blocks} for name, file in manifest.files.items()},
         "tensors": {
             name: {"size": tensor.size, "dtype": tensor.dtype, "pieces": tensor.pieces}
@@ -94,12 +93,13 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedCheckpoint(f"checkpoint {folder}: {MANIFEST} is not valid JSON ({error}): damaged") from None
     if not isinstance(tree, dict) or "format" not in tree:
         raise DamagedCheckpoint(f"checkpoint {folder}: {MANIFEST} names no format: damaged")
-    if tree["format"] != FORMAT:
+    checksum = tree.pop("checksum", None)
+    right = checksum == _checksum(tree)
+    if tree["format"] != FORMAT and (right or checksum is None):  # the first format had none
         raise CheckpointError(
             f"checkpoint {folder}: is of format {tree['format']!r} and not {FORMAT}; use the version that wrote it"
         )
-    checksum = tree.pop("checksum", None)
-    if checksum != _checksum(tree) or tree.get("block") != BLOCK:
+    if not right:
         raise DamagedCheckpoint(f"checkpoint {folder}: {MANIFEST} does not have its checksum: damaged")
     try:
         files = {name: FileSum(file["size"], tuple(file["blocks"])) for name, file in tree["files"].items()}

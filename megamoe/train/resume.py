@@ -108,7 +108,7 @@ class Resume:
 
     def _refuse(self, error: CheckpointError) -> None:
         self._refused.append(str(error))
-        _say(f"{error}; taking the one before")
+        _say(f"{error}{'; taking the one before' if self._left else ''}")
 
 
 def _say(text: str) -> None:

@@ -19,6 +19,7 @@ from megamoe.checkpoint.verify import verify_checkpoint
 from megamoe.commands.checkpoint import checkpoint
 from megamoe.config import Config, load_config
 from megamoe.config.size import model_size
+from megamoe.errors import CheckpointError, DamagedCheckpoint
 from tests.training import ROOT, small_config
 
 EXPERTS = "weight/decoder.blocks.1.mlp.experts.gate_up"
@@ -107,6 +108,25 @@ def test_what_is_stored_twice_or_not_of_the_model_or_missing_is_named(run: Path)
     problems = _forge(folder, **{EXPERTS: None, "weight/other": whole, "exp_avg/head.norm.weight": None})
     assert any(p.endswith(f"{EXPERTS} is missing") for p in problems)
     assert any(p.endswith("weight/other is not of the model") for p in problems)
+
+
+def test_any_flipped_byte_of_a_manifest_is_damage(run: Path) -> None:
+    path = run / "checkpoints/step-00000010/manifest.json"
+    good = path.read_bytes()
+    for at in [good.index(b'"format": 2') + 10, *range(0, len(good), len(good) // 50)]:
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        with pytest.raises(DamagedCheckpoint):
+            read_manifest(path.parent)
+    path.write_text(json.dumps(json.loads(good), indent=1))  # as an editor or a tool would leave it
+    read_manifest(path.parent)
+
+
+def test_a_checkpoint_of_another_version_is_no_damage(run: Path) -> None:
+    path = run / "checkpoints/step-00000010/manifest.json"
+    path.write_text('{"format": 1, "state": {}, "files": {}, "tensors": {}}')
+    with pytest.raises(CheckpointError, match="format 1 and not 2") as caught:
+        read_manifest(path.parent)
+    assert not isinstance(caught.value, DamagedCheckpoint)
 
 
 def test_verify_names_each_damaged_checkpoint_and_has_status_1(run: Path) -> None:
