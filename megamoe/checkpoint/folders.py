@@ -23,6 +23,12 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def checkpoint_step(folder: Path) -> int | None:
+    """The step that a folder's name, any of the above, says; None if it is no name of a checkpoint."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[2]) if match else None
+
+
 def checkpoints_of(run: Path) -> list[tuple[int, Path]]:
     """Complete checkpoints of a run as (step, folder), oldest first."""
     found = dict(_folders(run, "replaced"))

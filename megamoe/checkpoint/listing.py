@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megamoe.checkpoint.folders import abandoned_of, checkpoints_of, incomplete_of
+from megamoe.checkpoint.folders import abandoned_of, checkpoint_step, checkpoints_of, incomplete_of
 from megamoe.checkpoint.manifest import check_sizes, read_manifest
 from megamoe.errors import CheckpointError
 from megamoe.metrics.stream import METRICS_FILE, read_metrics
@@ -50,7 +50,8 @@ def list_checkpoints(run: Path) -> list[Listed]:
     found = [_look(step, folder, "complete", losses.get(step)) for step, folder in checkpoints_of(run)]
     found += [_look(step, folder, "abandoned", None) for step, folder in abandoned_of(run)]
     for folder in incomplete_of(run):
-        step = int(folder.name.rpartition("-")[2])
+        step = checkpoint_step(folder)
+        assert step is not None
         with suppress(FileNotFoundError):  # published in this moment
             found.append(Listed(step, folder, "incomplete", _changed(folder), _size(folder), None, None, None))
     return sorted(found, key=lambda listed: (listed.step, listed.folder.name))

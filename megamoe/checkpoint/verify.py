@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megamoe.checkpoint.contents import Expected, expected_tensors
-from megamoe.checkpoint.folders import checkpoints_of
-from megamoe.checkpoint.manifest import Manifest, StoredTensor, model_fingerprint, read_manifest
+from megamoe.checkpoint.folders import checkpoint_step, checkpoints_of
+from megamoe.checkpoint.manifest import MANIFEST, Manifest, StoredTensor, model_fingerprint, read_manifest
 from megamoe.checkpoint.state import TrainState
 from megamoe.checkpoint.store import WEIGHT, piece_key
 from megamoe.checkpoint.tensorfile import FileSum, TensorFile
@@ -51,7 +51,7 @@ def to_verify(source: Path) -> tuple[list[Path], int]:
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder; give a run or a checkpoint")
     folders = [folder for _, folder in checkpoints_of(source)]
-    if not (source / "checkpoints").is_dir():
+    if (source / MANIFEST).is_file() or checkpoint_step(source) is not None:  # one without its manifest is not whole
         folders = [source]
     if not folders:
         raise CheckpointError(f"{source}: neither a checkpoint nor a run with one")
@@ -82,7 +82,7 @@ def verify_checkpoint(folder: Path, on_bytes: Callable[[int], None] = lambda cou
             held[name][piece_key(tensor, start)] = (count, stored.dtype)
     for name, pieces in held.items():
         _check_file(folder / name, manifest.files[name], pieces, verdict, on_bytes)
-    strangers = sorted(path.name for path in folder.iterdir() if path.name not in {*manifest.files, "manifest.json"})
+    strangers = sorted(path.name for path in folder.iterdir() if path.name not in {*manifest.files, MANIFEST})
     verdict.problems += [f"{folder / name}: is not in the manifest" for name in strangers]
     _check_coverage(manifest, config, verdict)
     if len(verdict.problems) > _NAMED:

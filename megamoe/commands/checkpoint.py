@@ -111,10 +111,9 @@ def _say(verdict: Verdict) -> None:
     if verdict.problems:
         click.echo(f"{verdict.folder}: NOT WHOLE")
     else:
-        click.echo(
-            f"{verdict.folder}: whole: {verdict.files} files, {_bytes(verdict.bytes)}, {verdict.weights:,} weights, "
-            f"{verdict.moments:,} moments, {verdict.experts:,} experts"
-        )
+        files = f"{verdict.files} file{'s' * (verdict.files != 1)}, {_bytes(verdict.bytes)}"
+        parts = f"{verdict.weights:,} weights, {verdict.moments:,} moments, {verdict.experts:,} experts"
+        click.echo(f"{verdict.folder}: whole: {files}, {parts}")
 
 
 def _row(each: Listed) -> list[str]:

@@ -57,7 +57,7 @@ class Resume:
                 return checkpointer.load(self._next)
             except DamagedCheckpoint as error:  # the same on all ranks
                 if not self._auto:
-                    raise
+                    raise _with_remedy(error) from None
                 if dist.get_rank() == 0:
                     self._refuse(error)
                 self._next = from_rank_0(self._choose)
@@ -90,7 +90,10 @@ class Resume:
         return None
 
     def _only(self, source: Path) -> Path:
-        return self._look_at(find_checkpoint(source))
+        try:
+            return self._look_at(find_checkpoint(source))
+        except DamagedCheckpoint as error:
+            raise _with_remedy(error) from None
 
     def _look_at(self, folder: Path) -> Path:
         manifest = read_manifest(folder)
@@ -109,6 +112,10 @@ class Resume:
     def _refuse(self, error: CheckpointError) -> None:
         self._refused.append(str(error))
         _say(f"{error}{'; taking the one before' if self._left else ''}")
+
+
+def _with_remedy(error: DamagedCheckpoint) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"{error}; name another one, or take the run's newest good one by --resume auto")
 
 
 def _say(text: str) -> None:

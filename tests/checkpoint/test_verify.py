@@ -147,6 +147,14 @@ def test_verify_names_each_damaged_checkpoint_and_has_status_1(run: Path) -> Non
     assert len(verdict["problems"]) == 1 and verdict["files"] == 1
 
 
+def test_what_is_no_checkpoint_is_refused_and_one_without_a_manifest_is_not_whole(run: Path) -> None:
+    with pytest.raises(CheckpointError, match="neither a checkpoint nor a run with one"):
+        _call("verify", run / "checkpoints")
+    (run / "checkpoints/step-00000010/manifest.json").unlink()
+    answer = _call("verify", run / "checkpoints/step-00000010")
+    assert answer.exit_code == 1 and "no readable manifest.json" in answer.stderr
+
+
 def test_ls_shows_what_is_there(run: Path) -> None:
     checkpoints = run / "checkpoints"
     (checkpoints / "step-00000040").rename(checkpoints / ".incomplete-step-00000060")
