@@ -16,6 +16,7 @@ from typing import NoReturn
 import click
 
 from megamoe import __version__
+from megamoe.commands.checkpoint import checkpoint
 from megamoe.errors import UserError
 from megamoe.statuses import FAILED, REQUEST_IS_WRONG
 
@@ -37,7 +38,7 @@ def megamoe() -> None:
     default="none",
     show_default=True,
     metavar="auto|none|PATH",
-    help="auto: the run's newest checkpoint, or the beginning when it has none; none: a new run, in a folder without "
+    help="auto: the run's newest good checkpoint, or the beginning when it has none; none: a new run, in a folder without "
     "one; PATH: a certain checkpoint.",
 )
 @click.pass_context
@@ -150,6 +151,9 @@ def demo(ctx: click.Context) -> None:
     from megamoe.demo import run_demo
 
     ctx.exit(run_demo())
+
+
+megamoe.add_command(checkpoint)
 
 
 @megamoe.group()

@@ -19,6 +19,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint is not what was written: cut, flipped, or a file is missing. Another one may be good."""
+
+
 class NonFiniteError(RuntimeError):
     """Loss or gradient became NaN or Inf; the weights were left as they were before the step."""
 

@@ -50,11 +50,11 @@ def test_help_answers_in_half_a_second_and_names_every_verb(tmp_path: Path) -> N
     answer = megamoe("--help", cwd=tmp_path)
     assert time.monotonic() - started < 0.5
     assert answer.returncode == 0
-    for verb in ("train", "eval", "generate", "report", "plan", "demo", "data"):
+    for verb in ("train", "eval", "generate", "report", "plan", "checkpoint", "demo", "data"):
         assert f"  {verb} " in answer.stdout
 
 
-@pytest.mark.parametrize("verb", ["train", "eval", "generate", "report", "plan", "demo", "data"])
+@pytest.mark.parametrize("verb", ["train", "eval", "generate", "report", "plan", "checkpoint", "demo", "data"])
 def test_every_verb_has_help(verb: str, tmp_path: Path) -> None:
     answer = megamoe(verb, "--help", cwd=tmp_path)
     assert answer.returncode == 0 and "Usage: megamoe " + verb in answer.stdout

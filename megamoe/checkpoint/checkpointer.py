@@ -8,34 +8,44 @@ import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 
+from megamoe.checkpoint.contents import moments_of
+from megamoe.checkpoint.folders import checkpoint_name, checkpoints_of, delete, publish, to_delete
 from megamoe.checkpoint.load import read_pieces
+from megamoe.checkpoint.manifest import read_manifest
 from megamoe.checkpoint.pieces import PieceLoadPlanner, PieceSavePlanner, Slot, flat_slot
 from megamoe.checkpoint.state import TrainState
-from megamoe.checkpoint.store import (
-    SafetensorsReader,
-    SafetensorsWriter,
-    checkpoint_name,
-    prune,
-    publish,
-    read_manifest,
-)
+from megamoe.checkpoint.store import SafetensorsWriter
 from megamoe.config import Config
 from megamoe.errors import CheckpointError
+from megamoe.parallel.agree import from_rank_0
 from megamoe.parallel.engine import TrainEngine
-from megamoe.parallel.master import MOMENTS, create_moments, owned_pieces, refresh_weights
+from megamoe.parallel.master import create_moments, owned_pieces, refresh_weights
 
 
 class Checkpointer:
     """Writes and reads the checkpoints of a run; all ranks call each method together."""
 
     def __init__(self, config: Config, engine: TrainEngine):
-        self.run, self.keep, self.engine = config.run.folder, config.checkpoint.keep, engine
-        optim = config.optim
-        # Without momentum SGD has no state.
-        self.moments = MOMENTS[optim.name] if optim.name == "adamw" or optim.momentum > 0 else ()
+        self.run, self.settings, self.engine = config.run.folder, config.checkpoint, engine
+        self.moments = moments_of(config.optim)
 
     def save(self, state: TrainState) -> Path:
-        """Write a checkpoint, publish it when all ranks are done, and delete the oldest.
+        """Write a checkpoint, publish it when all ranks are done, and delete those that need not stay.
+
+        Raises:
+            CheckpointError: it could not be written; the previous ones are untouched.
+        """
+        folder = self.write(state)
+        if dist.get_rank() == 0:
+            # A later one is not of this history; it neither counts nor goes.
+            found = {step: path for step, path in checkpoints_of(self.run) if step <= state.step}
+            for step in to_delete(list(found), self.settings.keep, self.settings.keep_every):
+                delete(found[step])
+        dist.barrier()
+        return folder
+
+    def write(self, state: TrainState) -> Path:
+        """Write a checkpoint and publish it when all ranks are done; no other step's is touched.
 
         Raises:
             CheckpointError: it could not be written; the previous ones are untouched.
@@ -45,7 +55,7 @@ class Checkpointer:
         try:
             dcp.save(  # type: ignore[attr-defined]
                 {},
-                storage_writer=SafetensorsWriter(folder, rank, state.to_json()),
+                storage_writer=SafetensorsWriter(folder, rank, state.to_json(), self.engine.layout.describe()),
                 planner=PieceSavePlanner([*self._slots(), self._rng_slot()]),
             )
         except dcp.api.CheckpointException as error:  # the same on all ranks
@@ -57,7 +67,6 @@ class Checkpointer:
             ) from error
         if rank == 0:
             publish(folder)
-            prune(self.run, self.keep)
         dist.barrier()
         return folder
 
@@ -65,16 +74,14 @@ class Checkpointer:
         """Put the state of a checkpoint into the engine, under whatever layout wrote it.
 
         Raises:
-            CheckpointError: something is missing, damaged, or of another model.
+            DamagedCheckpoint: something is missing or damaged; another one may be loaded instead.
+            CheckpointError: it is of another model.
         """
-        state = TrainState.from_json(read_manifest(folder).get("state"), str(folder))
+        state = from_rank_0(lambda: TrainState.from_json(read_manifest(folder).state, str(folder)))
         create_moments(self.engine, self.moments, state.step)
-        slots = self._slots()
         rng = self._rng_slot()
         # A layout with more ranks than the one that wrote has no generator state for the new ranks.
-        if rng.name in SafetensorsReader(folder).read_metadata().state_dict_metadata:
-            slots.append(rng)
-        read_pieces(folder, PieceLoadPlanner(slots), distributed=True)
+        read_pieces(folder, PieceLoadPlanner(self._slots(), optional=[rng]), distributed=True)
         torch.set_rng_state(rng.data)
         refresh_weights(self.engine)
         return state

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from torch.distributed import checkpoint as dcp
 
+from megamoe.checkpoint.folders import newest_checkpoint
+from megamoe.checkpoint.manifest import read_manifest
 from megamoe.checkpoint.pieces import PieceLoadPlanner, flat_slot
 from megamoe.checkpoint.state import TrainState
-from megamoe.checkpoint.store import SafetensorsReader, newest_checkpoint, read_manifest
+from megamoe.checkpoint.store import SafetensorsReader
 from megamoe.config import Config
 from megamoe.data.tokenizer import Tokenizer
-from megamoe.errors import CheckpointError
+from megamoe.errors import CheckpointError, DamagedCheckpoint
 from megamoe.model.parameter import ExpertShard
 from megamoe.model.stack import Stack, layer_specs, named_parameters
 
@@ -62,7 +64,7 @@ def load_model(source: Path) -> LoadedModel:
         CheckpointError: there is none, it is damaged, or the tokenizer is not the run's.
     """
     folder = find_checkpoint(source)
-    state = TrainState.from_json(read_manifest(folder).get("state"), str(folder))
+    state = TrainState.from_json(read_manifest(folder).state, str(folder))
     config = state.parsed_config(str(folder))
     run = folder.parent.parent if folder.parent.name == "checkpoints" else None
     path = run / TOKENIZER_FILE if run is not None and (run / TOKENIZER_FILE).is_file() else config.data.tokenizer
@@ -84,7 +86,8 @@ def read_pieces(folder: Path, planner: PieceLoadPlanner, distributed: bool) -> N
     """Fill the planner's slots from a checkpoint.
 
     Raises:
-        CheckpointError: something is missing or damaged.
+        DamagedCheckpoint: something is missing or damaged; on all ranks if it is so for one.
+        CheckpointError: it is of another model, or cannot be loaded for another reason.
     """
     try:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
@@ -92,7 +95,9 @@ def read_pieces(folder: Path, planner: PieceLoadPlanner, distributed: bool) -> N
             {}, storage_reader=SafetensorsReader(folder), planner=planner, no_dist=not distributed
         )
     except dcp.api.CheckpointException as error:  # carries the errors of all ranks
-        reason = next(iter(error.failures.values()))[0]
+        reasons = [reason for reason, _ in error.failures.values()]
+        # Another checkpoint helps only if damage is all that is wrong.
+        reason = next((each for each in reasons if not isinstance(each, DamagedCheckpoint)), reasons[0])
         raise (
             reason
             if isinstance(reason, CheckpointError)

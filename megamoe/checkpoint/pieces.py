@@ -98,9 +98,10 @@ class PieceSavePlanner(SavePlanner):
 
 @dataclass
 class PieceLoadPlanner(LoadPlanner):
-    """Fills each slot from whatever pieces were stored."""
+    """Fills each slot from whatever pieces were stored; ``optional`` ones stay as they are if nothing was stored."""
 
     slots: list[Slot]
+    optional: list[Slot] = field(default_factory=list)
     metadata: Metadata | None = field(default=None, init=False)
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
@@ -114,6 +115,7 @@ class PieceLoadPlanner(LoadPlanner):
             CheckpointError: a tensor is missing, has another size, or is not stored completely.
         """
         assert self.metadata is not None
+        self.slots += [slot for slot in self.optional if slot.name in self.metadata.state_dict_metadata]
         items = []
         for number, slot in enumerate(self.slots):
             stored = self.metadata.state_dict_metadata.get(slot.name)

@@ -267,6 +267,7 @@ class CheckpointConfig(Section):
 
     every: PositiveInt = Field(500, description="Steps between checkpoints; the last step is always saved.")
     keep: PositiveInt = Field(3, description="Checkpoints kept; older ones are deleted after a new one is complete.")
+    keep_every: Count = Field(0, description="Checkpoints of steps that this divides stay for ever; 0: none.")
 
 
 class MetricsConfig(Section):

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from megamoe.model.parameter import info_of
 from megamoe.parallel.engine import TrainEngine
 
-MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
-
 
 @dataclass(frozen=True)
 class Piece:

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from megamoe.checkpoint.load import TOKENIZER_FILE, find_checkpoint
-from megamoe.checkpoint.store import newest_checkpoint
 from megamoe.config import Config, dump_config
 from megamoe.data.files import atomic_file
 from megamoe.data.sources import open_data_set
@@ -26,8 +25,8 @@ def train(config: Config, resume: str) -> int:
 
     Args:
         config: The resolved config.
-        resume: ``auto`` goes on from the newest checkpoint of the run's folder, if there is one; ``none`` starts a new
-            run; anything else is a run or checkpoint folder to go on from.
+        resume: ``auto`` goes on from the newest good checkpoint of the run's folder, if there is one; ``none`` starts a
+            new run; anything else is a run or checkpoint folder to go on from.
 
     Returns:
         Exit status: 0 when all steps are done, 75 when all ranks have saved and stopped because one was asked to.
@@ -41,7 +40,10 @@ def train(config: Config, resume: str) -> int:
     layout = plan_layout(config, world_size)
     if config.model.attention == "flex" and not torch.cuda.is_available():
         raise UserError("model.attention is flex, which trains on CUDA only; use model.attention=sdpa or auto")
-    checkpoint = resume_point(config, resume)
+    if resume == "none":
+        refuse_existing(config.run.folder)
+    elif resume != "auto":
+        find_checkpoint(Path(resume))
     tokenizer = _tokenizer(config)
     data = open_data_set(config.data, config.run.folder / "index")
     if rank == 0:
@@ -54,23 +56,7 @@ def train(config: Config, resume: str) -> int:
     with joined_world() as device:
         from megamoe.train.trainer import Trainer
 
-        trainer = Trainer(config, layout, tokenizer, data, device, checkpoint, resume == "none", stop, watchdog)
-        return 0 if trainer.run() else STOPPED
-
-
-def resume_point(config: Config, resume: str) -> Path | None:
-    """The checkpoint folder that ``--resume`` means, or None for a start from step 0.
-
-    Raises:
-        UserError: ``none`` for a folder that holds a run already.
-        CheckpointError: the named folder has no checkpoint.
-    """
-    if resume == "none":
-        refuse_existing(config.run.folder)
-        return None
-    if resume == "auto":
-        return newest_checkpoint(config.run.folder)
-    return find_checkpoint(Path(resume))
+        return 0 if Trainer(config, layout, tokenizer, data, device, resume, stop, watchdog).run() else STOPPED
 
 
 def prepare_folder(config: Config, tokenizer: Tokenizer) -> None:

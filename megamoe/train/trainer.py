@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megamoe import __version__
 from megamoe.checkpoint.checkpointer import Checkpointer
-from megamoe.checkpoint.state import TrainState, check_fits
-from megamoe.checkpoint.store import read_manifest, remove_incomplete
+from megamoe.checkpoint.state import TrainState
 from megamoe.config import Config
 from megamoe.config.size import model_size
 from megamoe.data.catalog import DataSet, data_fingerprint
@@ -22,19 +20,19 @@ from megamoe.data.sources import open_cache
 from megamoe.data.state import DataState
 from megamoe.data.tokenizer import Tokenizer
 from megamoe.errors import DataError, NonFiniteError
-from megamoe.metrics.audit import truncate_audit
 from megamoe.parallel.agreement import check_agreement
 from megamoe.parallel.engine import StepResult, TrainEngine
 from megamoe.parallel.layout import Layout
 from megamoe.parallel.memory import peak_memory, predict_memory
 from megamoe.train.data import next_batch, whole_state
-from megamoe.train.records import RunRecords, truncate_lost
+from megamoe.train.records import RunRecords
+from megamoe.train.resume import Resume
 from megamoe.train.schedule import learning_rate
 from megamoe.train.stop import StopRequest
 from megamoe.train.totals import StepTotals, check_losses, reading_totals
 from megamoe.train.watchdog import Watchdog
 
-_PACKAGES = ("torch", "deepspeed", "safetensors")
+_PACKAGES = ("torch", "deepspeed")
 
 
 class Trainer:
@@ -47,8 +45,7 @@ class Trainer:
         tokenizer: Tokenizer,
         data: DataSet,
         device: torch.device,
-        checkpoint: Path | None,
-        fresh: bool,
+        resume: str,
         stop: StopRequest,
         watchdog: Watchdog,
     ):
@@ -60,23 +57,19 @@ class Trainer:
         _same_everywhere(self.fingerprints)
         self.sources = [source.name for source in data.sources]
         self.flops_per_step = model_size(config).flops_per_sequence * config.train.global_batch
-        if checkpoint is not None:  # before minutes are spent on building the model
-            state = TrainState.from_json(read_manifest(checkpoint).get("state"), str(checkpoint))
-            DataState.from_json(state.position, f"checkpoint {checkpoint}")
-            check_fits(state, config, source=str(checkpoint), **self.fingerprints)
+        history = Resume(config, resume, self.fingerprints)  # before minutes are spent on building the model
         self.engine = TrainEngine(config, layout, tokenizer.image_id, device)
         self.loader = self._build_loader(data) if self.engine.loads_data else None
         self.checkpointer = Checkpointer(config, self.engine)
         self.step, self.tokens, self.samples, self.lost, self.lost_shard = 0, 0, 0, 0, 0
         self.recomputed, self.skipped, self._skipped_in_a_row = 0, 0, 0
-        if checkpoint is not None:
-            self._resume(checkpoint)
-        if self.rank == 0:
-            remove_incomplete(config.run.folder)
-            truncate_audit(config.run.folder, self.step)
-            truncate_lost(config.run.folder, self.step)
-        dist.barrier()
-        self.records = RunRecords(config, self.rank, None if fresh else self.step, tokenizer)
+        state = history.load(self.checkpointer)
+        if state is not None:
+            self._go_on_from(state)
+        if history.elsewhere:
+            self.checkpointer.write(self._state())  # from here on, the run's own folder is enough to go on
+        history.leave_the_rest(self.step)
+        self.records = RunRecords(config, self.rank, None if resume == "none" else self.step, tokenizer)
 
     def run(self) -> bool:
         """Train until ``train.steps`` steps are done, or until some rank is asked to stop; then all have saved.
@@ -232,13 +225,12 @@ class Trainer:
             **self.fingerprints,
         )
 
-    def _resume(self, checkpoint: Path) -> None:
-        state = self.checkpointer.load(checkpoint)
+    def _go_on_from(self, state: TrainState) -> None:
         self.step, self.tokens, self.samples = state.step, state.tokens, state.samples
         self.lost, self.lost_shard = state.lost, state.lost_shard
         self.recomputed, self.skipped, self._skipped_in_a_row = state.recomputed, state.skipped, state.skipped_in_a_row
         if self.loader is not None:
-            self.loader.go_on_from(DataState.from_json(state.position, f"checkpoint {checkpoint}"))
+            self.loader.go_on_from(DataState.from_json(state.position, "checkpoint"))
 
 
 def _same_everywhere(fingerprints: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from megamoe.checkpoint.tensorfile import block_sum
 from tests.training import ROOT, make_data, megamoe, metrics, small_config, train, write_config
 
 SHARD = "shards/train/00000.tar"
@@ -126,7 +127,9 @@ def test_a_manifest_cannot_lead_out_of_its_folder(folder: Path) -> None:
     tree = json.loads(manifest.read_text())
     outside = folder / "outside.safetensors"
     shutil.copy(manifest.parent / "rank-00000.safetensors", outside)
-    tree["files"] = {"../../../../outside.safetensors": outside.stat().st_size}
+    tree["files"]["../../../../outside.safetensors"] = tree["files"].pop("rank-00000.safetensors")
+    del tree["checksum"]
+    tree["checksum"] = block_sum(json.dumps(tree, separators=(",", ":")).encode())  # whoever forges it can count, too
     manifest.write_text(json.dumps(tree))
     assert "no name of a checkpoint file" in _fails(folder, "--resume", "runs/base")
 

@@ -1,0 +1,122 @@
+"""Which checkpoint a run goes on from, agreed on by all ranks, and what becomes of the history that it leaves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megamoe.checkpoint.checkpointer import Checkpointer
+from megamoe.checkpoint.folders import checkpoints_of, set_aside, tidy
+from megamoe.checkpoint.load import find_checkpoint
+from megamoe.checkpoint.manifest import check_sizes, read_manifest
+from megamoe.checkpoint.state import TrainState, check_fits
+from megamoe.config import Config
+from megamoe.data.state import DataState
+from megamoe.errors import CheckpointError, DamagedCheckpoint
+from megamoe.metrics.audit import truncate_audit
+from megamoe.parallel.agree import from_rank_0
+from megamoe.train.records import truncate_lost
+
+
+class Resume:
+    """The way from ``--resume`` to a loaded state. All ranks make it and call its methods together.
+
+    Rank 0 chooses, by manifests and sizes of files: a glance, whatever the size of the model. Checksums are compared by
+    each rank for what it reads anyway; when one finds damage, all of them load the checkpoint before.
+
+    Args:
+        config: The resolved config.
+        asked: ``auto``, ``none``, or a run or checkpoint folder.
+        fingerprints: ``tokenizer`` and ``data``, which a checkpoint must fit to.
+
+    Raises:
+        DamagedCheckpoint: the one asked for is damaged, or all of them are.
+        CheckpointError: there is none, or it is of another model, tokenizer or data.
+    """
+
+    def __init__(self, config: Config, asked: str, fingerprints: dict[str, str]):
+        self._config, self._fingerprints, self._run = config, fingerprints, config.run.folder
+        self._auto = asked == "auto"
+        self._refused: list[str] = []  # on rank 0
+        self._left: list[Path] = []  # on rank 0: the next one is the last
+        if dist.get_rank() == 0 and self._auto:
+            self._left = [folder for _, folder in checkpoints_of(self._run)]
+        self._next = from_rank_0(self._choose if asked in ("auto", "none") else lambda: self._only(Path(asked)))
+        self.elsewhere = from_rank_0(self._is_elsewhere)
+
+    def load(self, checkpointer: Checkpointer) -> TrainState | None:
+        """Put the state of the newest good checkpoint into the engine; None for a run from its beginning.
+
+        Raises:
+            DamagedCheckpoint: the one asked for is damaged, or all of them are.
+        """
+        while self._next is not None:
+            try:
+                return checkpointer.load(self._next)
+            except DamagedCheckpoint as error:  # the same on all ranks
+                if not self._auto:
+                    raise _with_remedy(error) from None
+                if dist.get_rank() == 0:
+                    self._refuse(error)
+                self._next = from_rank_0(self._choose)
+        return None
+
+    def leave_the_rest(self, step: int) -> None:
+        """Make the run's folder say what the weights say: nothing of a later step, or of another history, is left in it."""
+        if dist.get_rank() == 0:
+            # Before records are cut: if this is interrupted, they are never shorter than the newest checkpoint.
+            for folder in set_aside(self._run, step, newer_only=not self.elsewhere):
+                _say(f"{folder}: set aside, the run goes on from step {step}")
+            for folder in tidy(self._run):
+                _say(f"{folder}: half-written, removed")
+            truncate_audit(self._run, step)
+            truncate_lost(self._run, step)
+        dist.barrier()
+
+    def _choose(self) -> Path | None:
+        while self._left:
+            folder = self._left.pop()
+            try:
+                return self._look_at(folder)
+            except DamagedCheckpoint as error:
+                self._refuse(error)
+        if self._refused:
+            raise DamagedCheckpoint(
+                f"run {self._run}: none of its {len(self._refused)} checkpoints is good, the last one tried: "
+                f"{self._refused[-1]}; name another by --resume PATH, or start a new run under another run.name"
+            )
+        return None
+
+    def _only(self, source: Path) -> Path:
+        try:
+            return self._look_at(find_checkpoint(source))
+        except DamagedCheckpoint as error:
+            raise _with_remedy(error) from None
+
+    def _look_at(self, folder: Path) -> Path:
+        manifest = read_manifest(folder)
+        check_sizes(folder, manifest)
+        state = TrainState.from_json(manifest.state, str(folder))
+        DataState.from_json(state.position, f"checkpoint {folder}")
+        check_fits(state, self._config, source=str(folder), **self._fingerprints)
+        return folder
+
+    def _is_elsewhere(self) -> bool:
+        """Whether the checkpoint is none of the run's own: of another run, or one that was set aside."""
+        if self._next is None or self._auto:
+            return False
+        return self._next.resolve() not in [folder.resolve() for _, folder in checkpoints_of(self._run)]
+
+    def _refuse(self, error: CheckpointError) -> None:
+        self._refused.append(str(error))
+        _say(f"{error}{'; taking the one before' if self._left else ''}")
+
+
+def _with_remedy(error: DamagedCheckpoint) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"{error}; name another one, or take the run's newest good one by --resume auto")
+
+
+def _say(text: str) -> None:
+    print(f"megamoe: {text}", file=sys.stderr, flush=True)
