@@ -100,7 +100,7 @@ def test_a_signal_in_start_up_ends_the_run_with_nothing_to_save(folder: Path) ->
 
 
 def test_a_step_that_fails_each_time_is_not_retried_for_ever(folder: Path) -> None:
-    diverge = ("optim.name=sgd", "optim.lr=1e38", "optim.clip=0", "optim.warmup=0")
+    diverge = ("optim.name=sgd", "optim.lr=1e38", "optim.clip=0", "optim.warmup=0", "train.max_skipped=0")
     with launched(folder, "nan", 1, *diverge, "launch.max_restarts_without_progress=1") as run:
         status, said = run.end()
     assert status == NO_PROGRESS, said
