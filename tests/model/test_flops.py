@@ -1,0 +1,42 @@
+"""The FLOPs that a config foretells are those that torch counts while the model runs (all but attention scores)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megamoe.config import Config
+from megamoe.config.size import model_size
+from megamoe.data.pack import IGNORED
+from megamoe.model.stack import build_stack
+from tests.training import small_config
+
+IMAGE = 3
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_flops_are_those_that_torch_counts(top_k: int) -> None:
+    tree = small_config(model={"moe": {"top_k": top_k}, "attention": "sdpa"})
+    tree["data"] |= {"train": [], "tokenizer": None}
+    config = Config.model_validate(tree)
+    vision, decoder, data = config.model.vision, config.model.decoder, config.data
+    length, pictures = data.sequence_length, data.images_per_sequence
+    text = torch.zeros(1, 3, length, dtype=torch.int64)
+    text[0, 0], text[0, 2] = 7, IGNORED
+    share = length // pictures
+    for picture in range(pictures):
+        begin = picture * share
+        text[0, 0, begin : begin + vision.patches] = IMAGE
+        text[0, 1, begin : begin + share] = picture + 1
+        text[0, 2, begin + vision.patches : begin + share] = 7  # as many scored positions as text
+    pixels = torch.zeros(1, pictures, vision.image_size, vision.image_size, 3, dtype=torch.uint8)
+    stack = build_stack(config, IMAGE)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        stack(pixels, text)
+    # on a CPU torch does not count the products within attention: two per pair of a query and a key
+    queries = decoder.heads * decoder.head_dim
+    scores = 4 * (length / pictures / 2) * queries * length * decoder.depth
+    scores += 4 * vision.patches * vision.width * vision.patches * pictures * vision.depth
+    expected = sum(layer.flops for layer in model_size(config).layers) - scores
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01), "biases and router are the rest"
