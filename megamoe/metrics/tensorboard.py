@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -44,13 +45,21 @@ class TensorBoardSink:
         purge = None if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(str(folder), purge_step=purge)
         self._every = every
+        self._since: Counter[str] = Counter()  # what the data gave and cost since the last record that was written
 
     def write(self, record: Mapping[str, object]) -> None:
-        """Write a record of the stream (:mod:`megamoe.metrics.stream`) when its step is due; step 1 always is."""
+        """Write a record of the stream (:mod:`megamoe.metrics.stream`) when its step is due; step 1 always is.
+
+        What the data gave and cost is added up over the steps in between.
+        """
         step = record["step"]
         assert isinstance(step, int)
+        self._add_up(record)
         if step % self._every and step != 1:
             return
+        for tag, value in self._since.items():
+            self._writer.add_scalar(tag, value, step)
+        self._since.clear()
         for key, tag in SCALARS.items():
             value = record.get(key)
             if isinstance(value, int | float):
@@ -85,6 +94,14 @@ class TensorBoardSink:
     def close(self) -> None:
         """Flush and close the event file."""
         self._writer.close()
+
+    def _add_up(self, record: Mapping[str, object]) -> None:
+        sources, reading = record.get("sources"), record.get("reading")
+        if isinstance(sources, Mapping):
+            for name, given in sources.items():
+                self._since.update({f"data_{name}/{what}": amount for what, amount in given.items()})
+        if isinstance(reading, Mapping):
+            self._since.update({f"data_reading/{what}": amount for what, amount in reading.items()})
 
     def _write_load(self, step: int, load: Mapping[str, Sequence[float]]) -> None:
         # 1 is perfect balance; the largest value is how much longer than that the slowest expert works.

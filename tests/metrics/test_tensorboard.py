@@ -44,6 +44,18 @@ def test_scalars_come_at_the_first_step_and_at_every_nth(tmp_path: Path) -> None
     assert "optimizer/grad_norm" not in events.Tags()["scalars"], "null is no number"
 
 
+def test_what_the_data_gave_is_added_up_between_the_steps_written(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path, None, every=5)
+    for step in range(1, 11):
+        sources = {"laion": {"samples": 8, "lost_image": int(step == 3)}}
+        sink.write(record(step) | {"sources": sources, "reading": {"downloads": 2, "seconds": 0.5}})
+    sink.close()
+    events = read(tmp_path)
+    assert [(e.step, e.value) for e in events.Scalars("data_laion/samples")] == [(1, 8), (5, 32), (10, 40)]
+    assert [e.value for e in events.Scalars("data_laion/lost_image")] == [0, 1, 0]
+    assert [e.value for e in events.Scalars("data_reading/seconds")] == [0.5, 2.0, 2.5]
+
+
 def test_expert_load_is_relative_to_the_mean_by_layer_and_as_a_picture(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path, None, every=1)
     for step in range(1, 12):
