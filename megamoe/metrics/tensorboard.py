@@ -57,8 +57,8 @@ class TensorBoardSink:
         self._add_up(record)
         if step % self._every and step != 1:
             return
-        for tag, value in self._since.items():
-            self._writer.add_scalar(tag, value, step)
+        for tag, amount in self._since.items():
+            self._writer.add_scalar(tag, amount, step)
         self._since.clear()
         for key, tag in SCALARS.items():
             value = record.get(key)

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from launcher.ranks import environment, free_port
-from megamoe.checkpoint.store import newest_checkpoint, read_manifest
+from megamoe.checkpoint.folders import newest_checkpoint
+from megamoe.checkpoint.manifest import read_manifest
 from megamoe.data.catalog import Catalog, DataSet, Source
 from megamoe.data.order import SampleOrder
 from megamoe.data.storage import Storage
@@ -76,7 +77,7 @@ def without_ranks(run: Path) -> list[dict[str, Any]]:
 
 def due(folder: Path, run: Path) -> tuple[Counter[str], Counter[str]]:
     """The samples that came up to the last checkpoint by the order of samples: in the first epoch, and in all."""
-    position = read_manifest(newest_checkpoint(run))["state"]["position"]  # type: ignore[arg-type]
+    position = read_manifest(newest_checkpoint(run)).state["position"]  # type: ignore[arg-type]
     shards = [str(folder / f"shards/train/0000{n}.tar") for n in range(5)]
     data = DataSet([Source("0", shards)], folder / "check", quarantine=position["quarantine"])
     catalog = Catalog(data, Storage())
