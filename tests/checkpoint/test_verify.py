@@ -43,7 +43,10 @@ def _write(folder: Path, step: int) -> None:
         for start, count, file in pieces:
             files[file][f"{name}@{start}"] = torch.randn(count)
     sums = {f"rank-{f:05d}.safetensors": write_tensors(folder / f"rank-{f:05d}.safetensors", files[f]) for f in (0, 1)}
-    state = TrainState(step, 1, 1, 0, {}, config.model_dump(mode="json"), "t", "d").to_json()
+    state = TrainState(
+        step=step, tokens=1, samples=1, lost=0, recomputed=0, skipped=0, skipped_in_a_row=0, position={},
+        config=config.model_dump(mode="json"), tokenizer="t", data="d",
+    ).to_json()  # fmt: skip
     model = model_fingerprint({name: each.size for name, each in expected_weights(config).items()})
     write_manifest(folder, Manifest("2026-01-02T03:04:05+00:00", "2 ranks", model, state, sums, stored))
 
