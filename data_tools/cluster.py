@@ -5,6 +5,8 @@ Why Dask: docs/decisions/0007-cluster-engine.md.
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -42,6 +44,7 @@ def map_on_cluster(
 
     with _connected(cluster, processes) as (client, workers):
         done: SimpleQueue[Any] = SimpleQueue()
+        folder = os.getcwd()
         under_way: deque[Any] = deque()
         running = submitted = 0
         try:
@@ -49,7 +52,7 @@ def map_on_cluster(
                 # as many as there are threads: a worker that dies is counted against the jobs that it ran, no others
                 while submitted < len(jobs) and running < workers.threads and len(under_way) < _AHEAD * workers.threads:
                     # partial: Dask would look for its own objects inside of an argument
-                    future = client.submit(partial(function, jobs[submitted]), pure=False)
+                    future = client.submit(partial(_in_folder, folder, function, jobs[submitted]), pure=False)
                     future.add_done_callback(done.put)
                     under_way.append(future)
                     running, submitted = running + 1, submitted + 1
@@ -73,6 +76,19 @@ def map_on_cluster(
             ) from error
         except FutureCancelledError as error:
             raise _gone(cluster) from error
+
+
+def _in_folder(folder: str, function: Callable[[Job], Result], job: Job) -> Result:
+    """``function(job)`` where its relative paths mean what they mean to the user."""
+    if os.getcwd() != folder:
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            raise UserError(
+                f"--cluster: folder {folder} cannot be entered on {socket.gethostname()} ({error.strerror}); work in one "
+                "that all machines share"
+            ) from error
+    return function(job)
 
 
 class _Workers:

@@ -54,7 +54,6 @@ def index_shards(
     say: Callable[[str], None],
     force: bool = False,
     processes: int | None = None,
-    cluster: str | None = None,
 ) -> IndexTotals:
     """Write the index of each of ``shards``, beside it or into ``out``, unless it has one that is current.
 
@@ -64,7 +63,7 @@ def index_shards(
     began = time.monotonic()
     totals = IndexTotals(len(shards))
     tasks = [_Task(shard, out, force) for shard in shards]
-    for task, outcome in map_jobs(_index, tasks, label="index", processes=processes, cluster=cluster):
+    for task, outcome in map_jobs(_index, tasks, label="index", processes=processes):
         totals.samples += outcome.samples
         totals.incomplete += outcome.incomplete
         totals.duplicates += outcome.duplicates

@@ -7,7 +7,8 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -17,7 +18,18 @@ from megamoe.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+_cluster: ContextVar[str | None] = ContextVar("cluster", default=None)
 _AHEAD = 4  # jobs under way per process: a slow one does not leave the others idle at once
+
+
+@contextmanager
+def on_cluster(cluster: str | None) -> Iterator[None]:
+    """Have :func:`map_jobs` work there while the body runs, unless it is told another place."""
+    token = _cluster.set(cluster)
+    try:
+        yield
+    finally:
+        _cluster.reset(token)
 
 
 def map_jobs(
@@ -43,12 +55,12 @@ def map_jobs(
         processes: processes on this machine; default one per core that this process may use. 1: no other process.
             With ``cluster="slurm"``: worker processes in the cluster, which has no default.
         cluster: ``tcp://HOST:PORT`` (or ``tls://``) of a running Dask scheduler, or ``slurm`` to start workers as SLURM
-            jobs. Default: this machine.
+            jobs. Default: where :func:`on_cluster` says, else this machine.
 
     Raises:
         UserError: the cluster cannot be used, or a job kills every worker that takes it.
     """
-    results = _results(function, jobs, processes, cluster)
+    results = _results(function, jobs, processes, cluster or _cluster.get())
     with closing(results), tqdm(total=len(jobs), desc=label, unit=unit, file=sys.stderr, disable=None) as bar:
         for job in jobs:
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from data_tools.commands.options import as_json, dry_run, processes, show
+from data_tools.commands.options import as_json, cluster, dry_run, processes, show
 
 
 @click.command()
@@ -13,6 +13,7 @@ from data_tools.commands.options import as_json, dry_run, processes, show
 @click.option("--verify", "action", flag_value="verify", help="Hold the shards against SHA256SUMS beside them.")
 @dry_run
 @processes
+@cluster
 @as_json
 @click.pass_context
 def checksum(

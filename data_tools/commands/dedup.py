@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from data_tools.commands.options import FOLDER, as_json, dry_run, processes
+from data_tools.commands.options import FOLDER, as_json, cluster, dry_run, processes
 
 
 @click.command()
@@ -34,6 +34,7 @@ from data_tools.commands.options import FOLDER, as_json, dry_run, processes
 )
 @click.option("--against", metavar="EVAL_SHARDS", help="Drop as well what an evaluation set shows.")
 @processes
+@cluster
 @dry_run
 @as_json
 @click.pass_context

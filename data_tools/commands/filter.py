@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from data_tools.commands.options import FOLDER, as_json, dry_run, processes
+from data_tools.commands.options import FOLDER, as_json, cluster, dry_run, processes
 
 
 def _codes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -41,6 +41,7 @@ def _codes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
     help="What to do with samples that lack a column of --where.",
 )
 @processes
+@cluster
 @dry_run
 @as_json
 @click.pass_context

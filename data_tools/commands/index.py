@@ -22,7 +22,6 @@ def index(
     out: Path | None,
     force: bool,
     processes: int | None,
-    cluster: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -54,7 +53,6 @@ def index(
         say=lambda line: tqdm.write(line, file=sys.stderr),
         force=force,
         processes=processes,
-        cluster=cluster,
     )
     text = f"{totals.shards} shards, {totals.samples} samples"
     if totals.skipped:

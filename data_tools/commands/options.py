@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -23,7 +24,16 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print the result
 
 
 def cluster(command: Command) -> Command:
-    """``--cluster`` (the parameter ``cluster`` of ``map_jobs``) and ``--cluster-config``, which only it needs."""
+    """``--cluster``, which says where ``map_jobs`` works, and ``--cluster-config``, which only it needs."""
+
+    @functools.wraps(command)
+    def there(*arguments: Any, cluster: str | None, **options: Any) -> Any:
+        from data_tools.jobs import on_cluster
+
+        with on_cluster(cluster):
+            return command(*arguments, **options)
+
+    decorated: Any = there
     for option in (
         click.option(
             "--cluster-config",
@@ -42,8 +52,8 @@ def cluster(command: Command) -> Command:
             "SLURM jobs and ends them with the command. The folders must be the same on all machines.",
         ),
     ):
-        command = option(command)
-    return command
+        decorated = option(decorated)
+    return cast(Command, decorated)
 
 
 def show(result: dict[str, Any], as_json: bool, text: str) -> None:

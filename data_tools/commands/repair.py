@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from data_tools.commands.options import FOLDER, as_json, dry_run, processes, show
+from data_tools.commands.options import FOLDER, as_json, cluster, dry_run, processes, show
 
 
 @click.command()
@@ -15,6 +15,7 @@ from data_tools.commands.options import FOLDER, as_json, dry_run, processes, sho
 @click.option("--decode/--no-decode", default=True, show_default=True, help="Leave out what cannot be decoded.")
 @dry_run
 @processes
+@cluster
 @as_json
 @click.pass_context
 def repair(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from data_tools.commands.options import FOLDER, as_json, dry_run, processes
+from data_tools.commands.options import FOLDER, as_json, cluster, dry_run, processes
 
 _UNITS = {
     "": 1,
@@ -46,6 +46,7 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
     help="For samples on their way, all processes together. It does not change the result.",
 )
 @processes
+@cluster
 @dry_run
 @as_json
 @click.pass_context

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from data_tools.commands.options import FOLDER, as_json, dry_run, processes
+from data_tools.commands.options import FOLDER, as_json, cluster, dry_run, processes
 
 
 @click.command()
@@ -15,6 +15,7 @@ from data_tools.commands.options import FOLDER, as_json, dry_run, processes
 @click.option("--names", default="train,validation", show_default=True, help="Parts; each becomes a folder in OUT.")
 @click.option("--shares", default="0.99,0.01", show_default=True, help="Shares of the parts, together 1.")
 @processes
+@cluster
 @dry_run
 @as_json
 @click.pass_context

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from data_tools.commands.options import FILE, FOLDER, as_json, dry_run, processes, show
+from data_tools.commands.options import FILE, FOLDER, as_json, cluster, dry_run, processes, show
 
 
 @click.command()
@@ -16,6 +16,7 @@ from data_tools.commands.options import FILE, FOLDER, as_json, dry_run, processe
 @click.option("--tokenizer", type=FILE, help="A vocabulary (.model): count the tokens of captions.")
 @dry_run
 @processes
+@cluster
 @as_json
 @click.pass_context
 def stats(

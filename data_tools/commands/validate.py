@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from data_tools.commands.options import FILE, as_json, processes, show
+from data_tools.commands.options import FILE, as_json, cluster, processes, show
 
 _NAMED = 3  # problems of each cause that are spelled out per shard; the report file has all
 
@@ -16,6 +16,7 @@ _NAMED = 3  # problems of each cause that are spelled out per shard; the report 
 @click.option("--decode/--no-decode", default=True, show_default=True, help="Decode each picture, or see how it begins.")
 @click.option("--report", type=FILE, help="Write all problems to this file, one JSON object per shard and line.")
 @processes
+@cluster
 @as_json
 @click.pass_context
 def validate(
