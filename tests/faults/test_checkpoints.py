@@ -109,7 +109,7 @@ def test_killed_inside_saves_and_deletions_a_run_ends_as_if_undisturbed(folder: 
     command = ["train", "config.yaml", "--nproc", "2", "--resume", "auto", "run.name=killed", "launch.max_restarts=3"]
     variables = {"PYTHONPATH": f"{folder / 'hook'}:{ROOT}", "KILLED": str(folder / "hook"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*_PYTHON, *command, *EXPERT_2], cwd=folder, env=os.environ | variables, capture_output=True, text=True, timeout=200
+        [*_PYTHON, *command, *EXPERT_2], cwd=folder, env=os.environ | variables, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr
     killed = sorted(path.name for path in (folder / "hook").glob("*.done"))
