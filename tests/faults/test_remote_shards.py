@@ -31,7 +31,7 @@ def web(folder: Path) -> Iterator[ShardServer]:
 
 @pytest.fixture(scope="module")
 def store(folder: Path) -> Iterator[str]:
-    """An S3 store with shards 2 and 3; the environment names it, as users would."""
+    """An S3 store with shards 2 and 3; the environment names it, as users would. Buckets outlive their server in this process."""
     server = moto_server.ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -41,10 +41,10 @@ def store(folder: Path) -> Iterator[str]:
             environment.setenv(name, "test")
         environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
         client = boto3.client("s3")
-        client.create_bucket(Bucket="laion")
+        client.create_bucket(Bucket="training")
         for name in ("00002.tar", "00003.tar"):
-            client.put_object(Bucket="laion", Key=f"train/{name}", Body=(folder / "shards/train" / name).read_bytes())
-        yield "s3://laion/train/"
+            client.put_object(Bucket="training", Key=f"train/{name}", Body=(folder / "shards/train" / name).read_bytes())
+        yield "s3://training/train/"
         server.stop()
 
 
