@@ -31,7 +31,7 @@ def web(folder: Path) -> Iterator[ShardServer]:
 
 @pytest.fixture(scope="module")
 def store(folder: Path) -> Iterator[str]:
-    """An S3 store with shards 2 and 3; the environment names it, as users would. Buckets outlive their server in this process."""
+    """An S3 store with shards 2 and 3, named by the environment. Buckets outlive their server in this process."""
     server = moto_server.ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
