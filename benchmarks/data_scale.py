@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megamoe.config.schema import DataConfig, VisionConfig
 from megamoe.data.catalog import Catalog, DataSet, Source, data_fingerprint
 from megamoe.data.loader import StepLoader
-from megamoe.data.order import Anchor, SampleOrder
+from megamoe.data.order import _SHARDS, Anchor, SampleOrder, _keys, shuffled
 from megamoe.data.shards import expand_shards
 from megamoe.data.state import DataState
 from megamoe.data.storage import Storage
@@ -216,13 +216,11 @@ def _drifted(case: Case, place: float) -> str:
     walk = np.random.default_rng(7).normal(0, case.deviation * math.sqrt(mean / case.per_sequence), case.global_batch)
     cursors = np.maximum(0, np.rint(mean + walk)).astype(int)
     least = int((cursors * case.global_batch + np.arange(case.global_batch)).min())
-    order = SampleOrder(
-        [case.shards], [1.0], case.count, seed=case.seed, lanes=case.global_batch, shuffle_shards=case.shuffle_shards
-    )
     # the order itself would go through every window from the beginning, as a run does, which takes minutes here
     epoch = least // total
-    shuffled = order._sources[0]._epochs((epoch,))
-    starts = np.concatenate([[0], np.cumsum(counts[shuffled])])[:: case.shuffle_shards]
+    keys = _keys(case.seed, _SHARDS, 0, epoch, 0)
+    order = [shuffled(place, case.shards, keys) for place in range(case.shards)]
+    starts = np.concatenate([[0], np.cumsum(counts[order])])[:: case.shuffle_shards]
     window = int(np.searchsorted(starts, least - epoch * total, side="right")) - 1
     per_epoch = -(-case.shards // case.shuffle_shards)
     anchor = Anchor(epoch * per_epoch + window, epoch * total + int(starts[window]))
