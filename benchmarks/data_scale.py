@@ -37,7 +37,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megamoe.config.schema import DataConfig, VisionConfig
-from megamoe.data.catalog import Catalog, DataSet, Source, data_fingerprint
+from megamoe.data.catalog import Catalog, DataSet, ShardNames, Source, data_fingerprint
 from megamoe.data.loader import StepLoader
 from megamoe.data.order import _SHARDS, Anchor, SampleOrder, _keys, shuffled
 from megamoe.data.shards import expand_shards
@@ -147,7 +147,7 @@ def _rank(case: Case, state: str | None, file: Path) -> dict[str, float]:
     meter = _Meter()
     shards = expand_shards([case.spec])
     meter.lap("names")
-    data = DataSet([Source("0", shards)], Path("index"))
+    data = DataSet([Source("0", ShardNames(shards))], Path("index"))
     data_fingerprint(data)
     meter.lap("data_set")
     loader = StepLoader(
