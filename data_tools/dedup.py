@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +73,7 @@ def dedup_shards(
     folder.refuse_others(names)
     if (result := folder.finished()) is not None and (out / DROPPED).exists():
         return result
-    with _place(folder) as place:
+    with folder.scratch() as place:
         result = Account()
         files: list[Path] = []
         for title, which in (("evaluation", evaluation), ("set", source)):
@@ -93,16 +90,6 @@ def dedup_shards(
         result.add(folder.do(_copy_shard, copies, label="write", processes=processes))
     folder.close(result)
     return result
-
-
-@contextmanager
-def _place(folder: OutFolder) -> Iterator[Path]:
-    """Where fingerprints are kept: with the notes, or in a dry run in a temporary folder."""
-    if not folder.dry_run:
-        yield folder.notes
-        return
-    with tempfile.TemporaryDirectory(prefix="megamoe-dedup-") as temporary:
-        yield Path(temporary)
 
 
 def _jobs(

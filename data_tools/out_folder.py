@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -115,6 +117,15 @@ class OutFolder:
     def target(self, name: str) -> Path | None:
         """Where the shard ``name`` (a path below the folder) goes; None in a dry run."""
         return None if self.dry_run else self.path / name
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder for what is needed on the way: with the notes, which outlive a kill; in a dry run a temporary one."""
+        if not self.dry_run:
+            yield self.notes
+            return
+        with tempfile.TemporaryDirectory(prefix="megamoe-") as temporary:
+            yield Path(temporary)
 
     def do(self, function: Callable[[Job], Account], jobs: Sequence[Job], *, label: str, processes: int | None) -> Account:
         """Do the jobs whose outcome is not noted yet, note each, and return the sum of all in the order of ``jobs``."""

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +84,7 @@ def reshard_shards(
     if (result := folder.finished()) is not None:
         folder.refuse_others(result.shards)
         return result
-    with _place(folder) as plan:
+    with folder.scratch() as plan:
         scanned = _scan(folder, source, plan, processes)
         if not scanned.kept:
             raise DataError(f"shards {spec!r}: hold no whole sample; check them with `megamoe data index`")
@@ -109,16 +107,6 @@ def reshard_shards(
         result.lose(name, reason)
     folder.close(result)
     return result
-
-
-@contextmanager
-def _place(folder: OutFolder) -> Iterator[Path]:
-    """Where the plan is kept: with the notes, or in a dry run in a temporary folder."""
-    if not folder.dry_run:
-        yield folder.notes
-        return
-    with tempfile.TemporaryDirectory(prefix="megamoe-reshard-") as temporary:
-        yield Path(temporary)
 
 
 def _scan(folder: OutFolder, source: Source, plan: Path, processes: int | None) -> Account:

@@ -22,7 +22,6 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 64 * 1024 * 1024  # a header that claims more is taken for a decompression bomb
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # these are refused here, with one line
 _ORIENTATION = 0x0112
 _START_OF_SCAN = 0xDA
 _EXIF = 0xE1
@@ -131,7 +130,10 @@ def _has_exif(data: bytes) -> bool:
 
 
 def _pillow(data: bytes, kind: str, size: int) -> Image.Image:
-    with Image.open(io.BytesIO(data), formats=[kind]) as image:
+    with warnings.catch_warnings():  # what Pillow calls a bomb and we do not refuse is no news to anybody
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        opened = Image.open(io.BytesIO(data), formats=[kind])
+    with opened as image:
         _check_pixels(*image.size)
         image.load()
         return _resize(to_rgb(ImageOps.exif_transpose(image)), size)

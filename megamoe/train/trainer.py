@@ -108,19 +108,20 @@ class Trainer:
         batch, totals = next_batch(
             self.loader, self.config.data, self.records, self.step + 1, self.device, self.stop, self.watchdog
         )
-        self.samples += totals.samples
-        self.tokens += totals.tokens
         self.lost += totals.lost
         self.lost_shard += totals.lost_shard
         if totals.lost:
             if batch is not None:
                 self.records.write_lost(self.step + 1, batch)
             # for shards in quarantine there is a limit of its own, data.max_bad_shards
-            check_losses(self.lost - self.lost_shard, self.samples, self.config.data.max_corrupt)
+            check_losses(self.lost - self.lost_shard, self.samples + totals.samples, self.config.data.max_corrupt)
         lr = learning_rate(self.config.optim, self.step + 1, self.config.train.steps)
         self.watchdog.enter("computes with the other ranks", self.step + 1)
         result = self._compute(batch, totals, lr)
         self.step += 1
+        if result.finite:
+            self.samples += totals.samples
+            self.tokens += totals.tokens
         if self.config.train.check_every and self.step % self.config.train.check_every == 0:
             self._check_agreement()
         given, reading = reading_totals(batch, self.sources, self.device)

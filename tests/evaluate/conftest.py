@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.data.shard_factory import jpeg, write_tar
 from tests.training import megamoe, small_config, train, write_config
 
 LEARNT = "a red square"  # the one caption of the training shards
 LONG = "a blue circle " * 30  # longer than a sequence
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors are tiny here: handing them to several threads costs more than the work itself."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def shard(path: Path, captions: list[str], first: int = 0) -> Path:

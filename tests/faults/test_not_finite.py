@@ -46,6 +46,7 @@ def test_a_transient_fault_leaves_no_trace_and_a_lasting_one_skips_the_step_ever
     rows = metrics(twice)
     assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1, 1] and [row["step"] for row in rows] == list(range(1, 7))
     assert largest_difference(undisturbed[:2], rows[:2]) == (0.0, "equal")
+    assert rows[2]["samples"] == rows[1]["samples"] and rows[2]["tokens"] == rows[1]["tokens"], "nothing was trained on"
     assert rows[2]["grad_norm"] is None and all(row["grad_norm"] > 0 for row in rows[3:])
     assert rows[3]["loss"] != undisturbed[3]["loss"], "the update was not made"
     skipped = [row for row in audit(folder / f"runs/{name}-good") if row[0] == 3]

@@ -1,0 +1,29 @@
+"""`megamoe bench data` measures what it says: real readers over real shards, and ratios of its own figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megamoe.bench.pictures import write_shards
+from tests.training import megamoe
+
+
+def test_figures_are_printed_and_written_and_the_ratios_are_theirs(tmp_path: Path) -> None:
+    done = megamoe(
+        "bench", "data", "--folder", "b", "--samples", "2000", "--rounds", "1", "--json", "f.json", folder=tmp_path
+    )
+    result = json.loads((tmp_path / "f.json").read_text())
+    rates = result["samples_per_second"]
+    assert sorted(rates) == ["decode_limit", "ours", "webdataset_pillow", "webdataset_simplejpeg"]
+    assert min(rates.values()) > 0 and 20 < result["kilobytes_per_picture"] < 40
+    for ratio, peer in (("decode_limit",) * 2, ("webdataset", "webdataset_pillow")):
+        assert result[f"ratio_{ratio}"] == pytest.approx(rates["ours"] / rates[peer])
+        assert f"ratio_{ratio}" in done.stdout
+
+
+def test_pictures_are_the_same_each_time(tmp_path: Path) -> None:
+    one, other = (write_shards(tmp_path / name, 5, per_shard=3) for name in "ab")
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in other]
