@@ -278,8 +278,34 @@ class MetricsConfig(Section):
     images_every: Count = Field(200, description="Steps between training pictures in TensorBoard; 0: none.")
 
 
+class SlurmConfig(Section):
+    """What `megamoe launch slurm` asks of SLURM; the names are those of sbatch. An option of the command wins."""
+
+    partition: str | None = Field(None, description="Partition.  None: the site's default.")
+    account: str | None = Field(None, description="Account to charge.")
+    qos: str | None = Field(None, description="Quality of service.")
+    time: str | None = Field(None, description="Time limit of one job, such as 24:00:00; the run goes on in the next.")
+    constraint: str | None = Field(None, description="Features that nodes must have.")
+    exclude: str | None = Field(None, description="Nodes never to use.")
+    reservation: str | None = Field(None, description="Reservation.")
+    container: str | None = Field(None, description="Image to run in, for sites with pyxis (--container-image).")
+    cpus_per_node: PositiveInt | None = Field(None, description="CPUs of each node.  None: all, the node is ours alone.")
+    memory: str | None = Field(None, description="Memory of each node, such as 500G.  None: all of it.")
+    # Twice the grace, so that a save under way and one more step with its save fit in.
+    signal_seconds: PositiveInt = Field(
+        120, description="Seconds before the time limit at which the run saves; more than launch.stop_grace."
+    )
+    again: Literal["requeue", "chain", "never"] = Field(
+        "requeue",
+        description="How the run goes on after the time limit or the loss of its nodes. requeue: the same job again; "
+        "chain: a successor that waits for the end of the job, for sites that forbid requeue; never: it stops.",
+    )
+    extra: list[str] = Field([], description="Further options of sbatch, such as --mail-type=FAIL.")
+    setup: list[str] = Field([], description="Shell lines before the start, such as module load cuda.")
+
+
 class LaunchConfig(Section):
-    """How `megamoe train --nproc N` supervises its local processes."""
+    """How a run is started and kept going, by `megamoe train --nproc N` and by `megamoe launch`."""
 
     max_restarts: Count = Field(
         3, description="Restarts after a rank has died or hangs; each new checkpoint makes the count begin anew."
@@ -292,6 +318,23 @@ class LaunchConfig(Section):
     stop_grace: Positive = Field(
         60.0, description="Seconds that the ranks have to finish a step and save when they are asked to stop."
     )
+    nodes: PositiveInt = Field(1, description="Nodes at work, when there are as many (`megamoe launch`).")
+    min_nodes: PositiveInt | None = Field(
+        None, description="Fewest nodes to go on with when some are lost.  None: as few as a layout fits."
+    )
+    spares: Count = Field(0, description="Nodes on top of those at work that stand by to take the place of a lost one.")
+    ranks_per_node: PositiveInt | None = Field(
+        None, description="Ranks of each node.  None: one for each GPU (launch.gpus_per_node), or one."
+    )
+    gpus_per_node: Count = Field(0, description="GPUs of each node; 0: the ranks compute on its CPU.")
+    node_timeout: Positive = Field(15.0, description="Seconds without a sign of life after which a node is taken for lost.")
+    node_wait: NonNegative = Field(
+        0.0, description="Seconds to wait for another node when one is lost, before the run goes on with fewer."
+    )
+    bind: Literal["auto", "none"] = Field(
+        "auto", description="auto: each rank on its own share of the node's cores, next to its memory (NUMA)."
+    )
+    slurm: SlurmConfig = SlurmConfig()
 
 
 class Config(Section):
