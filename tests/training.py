@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from launcher.ranks import free_port
+from launcher.ranks import environment, free_port
+from tests.warm import run_ranks
 
 ROOT = Path(__file__).parent.parent
 LOSSES = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm")
@@ -103,25 +104,22 @@ def train(
     config: str = "config.yaml",
 ) -> list[dict[str, Any]]:
     """Train run ``name`` on ``nproc`` ranks and return its metrics."""
-    megamoe("train", config, "--nproc", str(nproc), "--resume", resume, f"run.name={name}", *overrides, folder=folder)
+    ended = _ranks(folder, nproc, ["megamoe", "train", config, "--resume", resume, f"run.name={name}", *overrides], 300)
+    assert not any(status for status, _ in ended), "\n".join(f"status {status}\n{said}" for status, said in ended)
     return metrics(folder / "runs" / name)
 
 
 def with_fault(
     folder: Path, script: str, fault: str, nproc: int, *arguments: str, timeout: float = 120
 ) -> list[tuple[int, str]]:
-    """Run ``tests/faults/SCRIPT FAULT train ARGUMENTS`` as torchrun would; (status, stderr) of each rank."""
-    command = [sys.executable, str(ROOT / "tests/faults" / script), fault, "train", *arguments]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    env |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
-    ranks = [
-        subprocess.Popen(
-            command, cwd=folder, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(nproc)
-    ]
-    said = [rank.communicate(timeout=timeout)[1] for rank in ranks]
-    return [(rank.returncode, text) for rank, text in zip(ranks, said, strict=True)]
+    """Run ``tests/faults/SCRIPT FAULT train ARGUMENTS`` as torchrun would; (status, output) of each rank."""
+    return _ranks(folder, nproc, [str(ROOT / "tests/faults" / script), fault, "train", *arguments], timeout)
+
+
+def _ranks(folder: Path, nproc: int, argv: list[str], timeout: float) -> list[tuple[int, str]]:
+    port = free_port()
+    base = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return run_ranks(argv, [environment(base, rank, nproc, port) for rank in range(nproc)], folder, timeout)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import logging
 import os
 import warnings
@@ -36,8 +37,23 @@ def joined_world() -> Iterator[torch.device]:
 
     # A shared-memory all-reduce for inference that DeepSpeed would compile with g++ at each first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_uncompiled("deepspeed.runtime.zero.muon.muon_optimizer")
     deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=COLLECTIVE_TIMEOUT)
     try:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def _import_uncompiled(name: str) -> None:
+    """Import a module of DeepSpeed that wants its functions compiled, as they are.
+
+    Its engines import an optimizer that is not ours; the compiler alone costs each rank two seconds at each start.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    try:
+        importlib.import_module(name)
+    finally:
+        compiler.compile = compile_
