@@ -1,0 +1,78 @@
+"""Copies a run's checkpoints to a remote store while the training goes on, and keeps there as many as the run keeps."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+from megamoe.checkpoint.folders import checkpoints_of, to_delete
+from megamoe.checkpoint.remote import RemoteCheckpoints
+from megamoe.config.schema import CheckpointConfig
+from megamoe.errors import CheckpointError
+
+
+class Mirror:
+    """A thread of rank 0 that makes the store say what the run's folder says.
+
+    A copy that fails is said on stderr and tried again with the next checkpoint: the local one is good, and training
+    goes on. What is missing there is found by comparison, so a copy that was interrupted is made good after a restart.
+
+    Args:
+        store: Where to.
+        run: Folder of the run.
+        settings: How many stay.
+    """
+
+    def __init__(self, store: RemoteCheckpoints, run: Path, settings: CheckpointConfig):
+        self._store, self._run, self._settings = store, run, settings
+        self._changed = threading.Condition()
+        self._rounds_asked, self._rounds_done, self._ending = 0, 0, False
+        self._failure: CheckpointError | None = None
+        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+        self._thread.start()
+
+    def changed(self) -> None:
+        """There is a new checkpoint, or one is gone."""
+        with self._changed:
+            self._rounds_asked += 1
+            self._changed.notify_all()
+
+    def finish(self) -> None:
+        """Wait until all is copied.
+
+        Raises:
+            CheckpointError: the newest checkpoint could not be copied.
+        """
+        self.changed()
+        with self._changed:
+            self._ending = True
+            self._changed.notify_all()
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._rounds_asked > self._rounds_done or self._ending)
+                if self._rounds_asked == self._rounds_done:
+                    return
+                self._rounds_done = self._rounds_asked
+            try:
+                self._round()
+                self._failure = None
+            except CheckpointError as error:
+                self._failure = error
+                print(f"megamoe: {error}; the local checkpoints are whole", file=sys.stderr, flush=True)
+
+    def _round(self) -> None:
+        local = dict(checkpoints_of(self._run))
+        for step in sorted(local, reverse=True):
+            try:
+                self._store.put(local[step])
+            except FileNotFoundError:  # not kept any longer
+                del local[step]
+        steps = [step for step in self._store.steps() if step <= max(local, default=0)]
+        for step in to_delete(steps, self._settings.keep, self._settings.keep_every):
+            self._store.delete(step)
