@@ -8,6 +8,7 @@ nodes, as on a cluster with a parallel file system. CPUs are make-believe, so th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PACKAGES = ("slurm-wlm", "munge")
@@ -45,7 +47,9 @@ def why_not() -> str | None:
         return "daemons of SLURM that start jobs have to run as root; use sudo"
     probe = _tool("unshare", "--pid", "--fork", "--mount", "--uts", "--mount-proc", "hostname", "probe")
     if probe.returncode:
-        return f"a node needs its own namespaces, which are refused here ({probe.stderr.strip()}); run outside of a container"
+        return (
+            f"a node needs its own namespaces, which are refused here ({probe.stderr.strip()}); run outside of a container"
+        )
     return None
 
 
@@ -62,6 +66,7 @@ class Bed:
         self._state_file = self.folder / "bed.json"
         self.nodes: list[str] = []
         self._processes: dict[str, list[int]] = {}  # name of a node or daemon -> process id and its time of birth
+        self._started: dict[str, subprocess.Popen[bytes]] = {}  # those that are children of this process
         if self._state_file.exists():
             state = json.loads(self._state_file.read_text())
             self.nodes, self._processes = state["nodes"], state["processes"]
@@ -87,16 +92,16 @@ class Bed:
         if self.folder.exists() and any(self.folder.iterdir()):
             raise BedError(f"{self.folder} is not empty; is a test bed up there? `slurm/testbed down --folder DIR` ends it")
         if len(os.fsencode(self.folder)) > 70:
-            raise BedError(f"{self.folder} is too long a path for sockets (108 bytes with their names); choose a shorter one")
+            raise BedError(
+                f"{self.folder} is too long a path for sockets (108 bytes with their names); choose a shorter one"
+            )
         for part in ("state", "log", "pid"):
             (self.folder / part).mkdir(parents=True)
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         self._write_settings(cpus)
         self._save()
         try:
-            self._start("munged", ["munged", "--foreground", f"--socket={self.folder}/munge", f"--key-file={self.folder}/key",
-                                   f"--pid-file={self.folder}/pid/munged", f"--log-file={self.folder}/log/munge",
-                                   f"--seed-file={self.folder}/state/seed"])  # fmt: skip
+            self._start_munged()
             self._wait(lambda: (self.folder / "munge").exists(), "munged")
             self._start("slurmctld", ["slurmctld", "-D"])
             for node in self.nodes:
@@ -179,11 +184,23 @@ class Bed:
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
 
+    def _start_munged(self) -> None:
+        files = {
+            "socket": "munge",
+            "key-file": "key",
+            "pid-file": "pid/munged",
+            "log-file": "log/munge",
+            "seed-file": "state/seed",
+        }
+        # --force: a folder that others cannot enter is fine, it is root who uses it.
+        options = [f"--{option}={self.folder}/{file}" for option, file in files.items()]
+        self._start("munged", ["munged", "--foreground", "--force", *options])
+
     def _start(self, name: str, command: list[str]) -> None:
         # Nothing else from our environment: what started the bed must not show in it.
         environment = {"PATH": PATH, **self.environment}
         with open(self.folder / "log" / f"{name}.out", "ab") as log:
-            process = subprocess.Popen(
+            self._started[name] = process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=environment, start_new_session=True
             )
         self._processes[name] = [process.pid, _birth(process.pid) or 0]
@@ -197,22 +214,26 @@ class Bed:
         victims = [*(_children(pid) if name in self.nodes else []), pid]
         born = {victim: _birth(victim) for victim in victims}
         for victim in victims:
-            os.kill(victim, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
         while any(time_of_birth is not None and _birth(victim) == time_of_birth for victim, time_of_birth in born.items()):
             time.sleep(0.01)
+        if name in self._started:
+            self._started.pop(name).wait()
 
     def _save(self) -> None:
         self._state_file.write_text(json.dumps({"nodes": self.nodes, "processes": self._processes}))
 
-    def _wait(self, ready: object, name: str) -> None:
-        assert callable(ready)
+    def _wait(self, ready: Callable[[], bool], name: str) -> None:
         end = time.monotonic() + START_SECONDS
         while not ready():
             dead = [process for process in self._processes if not self.alive(process)]
             if dead or time.monotonic() > end:
                 name = dead[0] if dead else name
                 lines = (self.folder / "log" / f"{name}.out").read_text().splitlines() or ["nothing"]
-                raise BedError(f"{name} {'ended' if dead else f'is not ready after {START_SECONDS} s'}; it last said: {lines[-1]}")
+                raise BedError(
+                    f"{name} {'ended' if dead else f'is not ready after {START_SECONDS} s'}; it last said: {lines[-1]}"
+                )
             time.sleep(0.1)
 
 
@@ -225,7 +246,7 @@ def _pids() -> list[int]:
 
 
 def _birth(pid: int) -> int | None:
-    """When the process began, in ticks since boot, by which a later process of the same number is told apart; None: dead."""
+    """When the process began (ticks since boot), to tell it from a later one of the same number; None: it is dead."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -234,7 +255,10 @@ def _birth(pid: int) -> int | None:
 
 
 def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def _space(pid: int) -> str | None:
