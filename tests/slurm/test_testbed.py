@@ -60,18 +60,18 @@ def test_two_beds_side_by_side_and_nothing_of_one_stays(bed: BedWithJobs, tmp_pa
     ours = bed.submit("--output=/dev/null", script)
     folder = tmp_path / "other"
     before = system_files()
-    up = testbed("up", "--nodes", "2", "--folder", folder)
+    up = run_testbed("up", "--nodes", "2", "--folder", folder)
     assert up.stdout == f"export SLURM_CONF={folder}/slurm.conf\n"
     other = BedWithJobs(folder)
     other.wait_job(other.submit("--output=/dev/null", script), "RUNNING")
     wait_until(lambda: {"904", "905"} <= sleeping(other, "n1") | sleeping(other, "n2"))
     assert set(bed.states()) == {"n1", "n2", "n3", "n4"} and set(other.states()) == {"n1", "n2"}
-    testbed("down", "--folder", folder)
+    run_testbed("down", "--folder", folder)
     assert not folder.exists()
     assert not processes_that_name(folder)
     assert system_files() == before
     assert bed.job(ours)["JobState"] == "RUNNING"
-    testbed("down", "--folder", folder)  # again: nothing to do, no error
+    run_testbed("down", "--folder", folder)  # again: nothing to do, no error
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_two_beds_side_by_side_and_nothing_of_one_stays(bed: BedWithJobs, tmp_pa
     ],
 )
 def test_a_wrong_request_is_answered_in_one_line(bed: BedWithJobs, arguments: list[str], words: str) -> None:
-    answer = testbed(*arguments, "--folder", bed.folder, status=2)
+    answer = run_testbed(*arguments, "--folder", bed.folder, status=2)
     assert words in answer.stderr and answer.stderr.count("\n") == 1
 
 
@@ -101,7 +101,7 @@ def test_missing_tools_are_named_with_their_packages(tmp_path: Path, monkeypatch
     assert not (tmp_path / "bed").exists()
 
 
-def testbed(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+def run_testbed(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([sys.executable, TESTBED, *arguments], capture_output=True, text=True, timeout=90)
     assert done.returncode == status, done.stderr
     return done
