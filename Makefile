@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIP_INSTALL := $(PIP) install --quiet --constraint constraints.txt
-SOURCES := megamoe launcher data_tools tests benchmarks
+SOURCES := megamoe launcher data_tools slurm slurm/testbed tests benchmarks
 
 .PHONY: help install demo test lint clean
 .DEFAULT_GOAL := help
