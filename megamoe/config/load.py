@@ -52,7 +52,7 @@ def parse_config(tree: dict[str, Any], source: str) -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML that :func:`load_config` reads back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:

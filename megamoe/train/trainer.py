@@ -61,7 +61,7 @@ class Trainer:
         self.engine = TrainEngine(config, layout, tokenizer.image_id, device)
         self.loader = self._build_loader(data) if self.engine.loads_data else None
         self.checkpointer = Checkpointer(config, self.engine)
-        self._dumped = config.model_dump(mode="json", by_alias=True)
+        self._dumped = config.model_dump(mode="json")
         self._versions = {"megamoe": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
         self.step, self.tokens, self.samples, self.lost, self.lost_shard = 0, 0, 0, 0, 0
         self.recomputed, self.skipped, self._skipped_in_a_row = 0, 0, 0
