@@ -68,6 +68,11 @@ class Checkpointer:
         self._plan: WritePlan | None = None
         self._save: _Save | None = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way; the same on all ranks."""
+        return self._save is not None
+
     def save(self, state: TrainState, last: bool = False) -> None:
         """Write a checkpoint, publish it when all ranks are done, and delete those that need not stay.
 
