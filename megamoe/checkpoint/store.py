@@ -107,10 +107,15 @@ def complete(
 
 
 class SafetensorsReader(StorageReader):
-    """Reads ranges of stored pieces: only the blocks that are wanted, each held against its checksum."""
+    """Reads ranges of stored pieces: only the blocks that are wanted, each held against its checksum.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    Args:
+        folder: The checkpoint.
+        all_files: Whether to look at the size of every file, or at those only that are read.
+    """
+
+    def __init__(self, folder: Path, all_files: bool):
+        self.folder, self._all_files = folder, all_files
 
     def reset(self, checkpoint_id: object = None) -> None:
         """One reader, one checkpoint."""
@@ -130,9 +135,9 @@ class SafetensorsReader(StorageReader):
         return Metadata(tensors, storage_data=places)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any) -> None:
-        """Remember where the pieces lie. The coordinator looks at every file, the others at those that they read."""
+        """Remember where the pieces lie."""
         self.places: dict[MetadataIndex, str] = metadata.storage_data
-        if is_coordinator:
+        if self._all_files:
             check_sizes(self.folder, self.manifest)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:

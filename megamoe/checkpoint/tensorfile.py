@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -65,7 +66,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileSum:
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         blocks = _BlockSums()
-        for view in (memoryview(len(text).to_bytes(8, "little") + text), *map(_bytes_of, tensors.values())):
+        head = memoryview(len(text).to_bytes(8, "little") + text)
+        for view in chain([head], map(_bytes_of, tensors.values())):  # from a GPU one tensor after the other
             for at in range(0, len(view), BLOCK):  # in small parts, so that the checksum finds them in the cache
                 file.write(view[at : at + BLOCK])
                 blocks.add(view[at : at + BLOCK])
