@@ -6,13 +6,11 @@ A hook in the ranks makes chosen writes slow, so that steps certainly pass while
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,7 +18,7 @@ from safetensors.torch import load_file
 from megamoe.checkpoint.verify import verify_checkpoint
 from megamoe.statuses import REQUEST_IS_WRONG, STOPPED
 from tests.faults.launched import Launched, launched, saved
-from tests.training import audit, metrics, small_config, train, write_config
+from tests.training import audit, metrics, small_config, train, with_fault, write_config
 
 STEPS = 12
 EXPERT_2 = ("parallel.expert=2",)
@@ -124,24 +122,15 @@ def test_killed_during_a_background_save_the_run_goes_on_from_the_one_before(
     assert saved(run.run) == [4, 8, 12]
 
 
-def test_a_write_that_fails_stops_all_ranks_with_one_line_and_the_last_good_one_stays(
-    folder: Path, slow: pytest.MonkeyPatch
-) -> None:
-    slow.setenv("SLOW", "before:8:0.5")
-    with launched(folder, "full", 2, *EXPERT_2, "train.steps=1000") as run:
-        run.until(lambda: (run.run / "checkpoints/step-00000004").exists())
-        # As a disk that is full, to one rank: the kernel takes no file of more than 64 KiB.
-        psutil.Process(run.rank(1)).rlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
-        status, said = run.end()
-    assert status == REQUEST_IS_WRONG, said
-    failed = int(_incomplete(run.run)[-1][-8:])
-    assert failed >= 8 and metrics(run.run)[-1]["step"] > failed, "the training has not gone on"
-    line = f".incomplete-step-{failed:08d}/rank-00001.safetensors: cannot be written ("
-    for log in sorted((run.run / "logs/attempt-1").glob("rank-*.log")):
-        assert line in log.read_text() and "Traceback" not in log.read_text(), log
-    left = sorted(path.name for path in run.run.glob("checkpoints/step-*"))
-    assert left and left[-1] == f"step-{failed - 4:08d}"
-    assert verify_checkpoint(run.run / "checkpoints" / left[-1]).problems == []
+def test_a_write_that_fails_stops_all_ranks_alike_and_the_last_good_one_stays(folder: Path) -> None:
+    ends = with_fault(folder, "full.py", "1,4", 2, "config.yaml", "run.name=full", *EXPERT_2, "train.steps=1000")
+    run = folder / "runs/full"
+    for status, said in ends:
+        assert status == REQUEST_IS_WRONG and "Traceback" not in said, said
+        assert ".incomplete-step-00000008/rank-00001.safetensors: cannot be written (" in said
+    assert 8 < metrics(run)[-1]["step"] < 12, "the training has not gone on, or all too long"
+    assert sorted(path.name for path in run.glob("checkpoints/step-*")) == ["step-00000004"]
+    assert verify_checkpoint(run / "checkpoints/step-00000004").problems == []
 
 
 def test_asked_to_stop_during_a_background_save_it_finishes_that_one_and_saves(
@@ -175,10 +164,6 @@ def test_a_checkpoint_that_comes_too_soon_is_left_out_and_named_or_waits(folder:
 
 def _being_written(run: Launched, step: int) -> bool:
     return (run.run / f"checkpoints/.incomplete-step-{step:08d}").exists()
-
-
-def _incomplete(run: Path) -> list[str]:
-    return sorted(path.name for path in run.glob("checkpoints/.incomplete-*"))
 
 
 def _exact(run: Path) -> list[tuple[Any, ...]]:
