@@ -128,7 +128,7 @@ def test_a_write_that_fails_stops_all_ranks_alike_and_the_last_good_one_stays(fo
     for status, said in ends:
         assert status == REQUEST_IS_WRONG and "Traceback" not in said, said
         assert ".incomplete-step-00000008/rank-00001.safetensors: cannot be written (" in said
-    assert 8 < metrics(run)[-1]["step"] < 12, "the training has not gone on, or all too long"
+    assert 8 < metrics(run)[-1]["step"] <= 12, "the training has not gone on, or not stopped at the next save"
     assert sorted(path.name for path in run.glob("checkpoints/step-*")) == ["step-00000004"]
     assert verify_checkpoint(run / "checkpoints/step-00000004").problems == []
 
