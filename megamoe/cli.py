@@ -184,6 +184,31 @@ def bench_data_verb(folder: Path, samples: int, rounds: int, json_file: Path | N
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
+@bench.command(name="checkpoint", short_help="Saving and loading beside DeepSpeed, DCP and torch.save.")
+@click.argument("config", type=PATH)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--nproc", type=click.IntRange(min=1), default=4, show_default=True, help="Processes, one rank each.")
+@click.option(
+    "--folder", type=PATH, default=Path("data/bench/checkpoint"), show_default=True, help="Where they are written."
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Of each, after a first one.")
+@click.option("--json", "json_file", type=PATH, metavar="FILE", help="Write all figures there.")
+def bench_checkpoint_verb(
+    config: Path, overrides: tuple[str, ...], nproc: int, folder: Path, rounds: int, json_file: Path | None
+) -> None:
+    """Seconds to save and load the state of CONFIG's model in training, and how long training stands for a save."""
+    import json
+
+    from megamoe.bench.checkpoint import as_table, bench_checkpoint
+
+    result = bench_checkpoint(config, overrides, nproc, folder, rounds)
+    click.echo(as_table(result))
+    for name, why in result["failures"].items():
+        click.echo(f"{name}: {why}", err=True)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 @megamoe.command(
     short_help="Make and keep shards.",
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []},

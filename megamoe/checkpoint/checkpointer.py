@@ -1,20 +1,32 @@
-"""Saving and loading the state of a training run across its ranks."""
+"""Saving and loading the state of a training run across its ranks.
+
+A save is the same whether the training goes on meanwhile or not. A thread of each rank writes the rank's file, and one of
+rank 0 then the manifest, which it publishes. These threads never talk to other ranks: between two steps the training
+threads add up over all ranks who is still writing, so that all learn of the end of a save, or of its failure, at the same
+step, and no collective is ever in flight beside those of the training.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed import checkpoint as dcp
+from torch import Tensor
 
 from megamoe.checkpoint.contents import moments_of
-from megamoe.checkpoint.folders import checkpoint_name, checkpoints_of, delete, publish, to_delete
+from megamoe.checkpoint.folders import checkpoint_name, checkpoints_of, delete, to_delete
 from megamoe.checkpoint.load import read_pieces
 from megamoe.checkpoint.manifest import read_manifest
-from megamoe.checkpoint.pieces import PieceLoadPlanner, PieceSavePlanner, Slot, flat_slot
+from megamoe.checkpoint.pieces import PieceLoadPlanner, Slot, WritePlan, flat_slot, plan_writes, rank_file
+from megamoe.checkpoint.snapshot import Snapshot
 from megamoe.checkpoint.state import TrainState
-from megamoe.checkpoint.store import SafetensorsWriter
+from megamoe.checkpoint.store import complete, write_pieces
+from megamoe.checkpoint.tensorfile import FileSum
 from megamoe.config import Config
 from megamoe.errors import CheckpointError
 from megamoe.parallel.agree import from_rank_0
@@ -22,56 +34,98 @@ from megamoe.parallel.engine import TrainEngine
 from megamoe.parallel.master import create_moments, owned_pieces, refresh_weights
 
 
+@dataclass
+class _Save:
+    """A save under way.
+
+    Attributes:
+        folder: The checkpoint.
+        state: What it says of the run.
+        prune: Whether older ones go when it is published.
+        work: What a thread of this rank does for it, or did.
+        publishing: Whether all files are written, and rank 0 is at the manifest.
+    """
+
+    folder: Path
+    state: TrainState
+    prune: bool
+    work: Future[FileSum | None]
+    publishing: bool = False
+
+
 class Checkpointer:
-    """Writes and reads the checkpoints of a run; all ranks call each method together."""
+    """Writes and reads the checkpoints of a run; all ranks call each method together, between two steps.
+
+    Whichever method finds that a save has failed raises ``CheckpointError``, on all ranks alike; the checkpoints before
+    it are untouched.
+    """
 
     def __init__(self, config: Config, engine: TrainEngine):
         self.run, self.settings, self.engine = config.run.folder, config.checkpoint, engine
         self.moments = moments_of(config.optim)
+        self._snapshot = Snapshot(engine.device)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._plan: WritePlan | None = None
+        self._save: _Save | None = None
 
-    def save(self, state: TrainState) -> Path:
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way; the same on all ranks."""
+        return self._save is not None
+
+    def save(self, state: TrainState, last: bool = False) -> None:
         """Write a checkpoint, publish it when all ranks are done, and delete those that need not stay.
 
-        Raises:
-            CheckpointError: it could not be written; the previous ones are untouched.
-        """
-        folder = self.write(state)
-        if dist.get_rank() == 0:
-            # A later one is not of this history; it neither counts nor goes.
-            found = {step: path for step, path in checkpoints_of(self.run) if step <= state.step}
-            for step in to_delete(list(found), self.settings.keep, self.settings.keep_every):
-                delete(found[step])
-        dist.barrier()
-        return folder
+        With ``checkpoint.async`` this returns as soon as a copy is taken; if the checkpoint before is still being
+        written, it waits for that, or leaves this one out, as ``checkpoint.when_busy`` says.
 
-    def write(self, state: TrainState) -> Path:
+        Args:
+            state: State of the run; counts on rank 0.
+            last: The training ends here: return when this checkpoint is published.
+
+        Raises:
+            CheckpointError: this one or the one before could not be written.
+        """
+        if self._save is not None:
+            if self.settings.when_busy == "skip" and not last:
+                self._say(f"step {state.step}: no checkpoint, {self._save.folder.name} is still being written")
+                return
+            self.finish()
+        background = self.settings.in_background and not last
+        self._begin(state, prune=True, copy=background)
+        if not background:
+            self.finish()
+
+    def write(self, state: TrainState) -> None:
         """Write a checkpoint and publish it when all ranks are done; no other step's is touched.
 
         Raises:
-            CheckpointError: it could not be written; the previous ones are untouched.
+            CheckpointError: it could not be written.
         """
-        folder = self.run / "checkpoints" / checkpoint_name(state.step)
-        rank = dist.get_rank()
-        try:
-            dcp.save(  # type: ignore[attr-defined]
-                {},
-                storage_writer=SafetensorsWriter(folder, rank, state.to_json(), self.engine.layout.describe()),
-                planner=PieceSavePlanner([*self._slots(), self._rng_slot()]),
-            )
-        except dcp.api.CheckpointException as error:  # the same on all ranks
-            failed, (reason, _) = next(iter(error.failures.items()))
-            raise (
-                reason
-                if isinstance(reason, CheckpointError)
-                else CheckpointError(f"checkpoint {folder}: rank {failed} could not write it ({reason})")
-            ) from error
-        if rank == 0:
-            publish(folder)
-        dist.barrier()
-        return folder
+        self._begin(state, prune=False, copy=False)
+        self.finish()
+
+    def poll(self) -> None:
+        """Go on with the save under way, if there is one, without waiting for it; once per step.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._save is not None:
+            self._advance(self._save)
+
+    def finish(self) -> None:
+        """Wait until no save is under way.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        while self._save is not None:
+            wait([self._save.work])
+            self._advance(self._save)
 
     def load(self, folder: Path) -> TrainState:
-        """Put the state of a checkpoint into the engine, under whatever layout wrote it.
+        """Put the state of a checkpoint into the engine, under whatever layout wrote it. No save is under way.
 
         Raises:
             DamagedCheckpoint: something is missing or damaged; another one may be loaded instead.
@@ -86,10 +140,75 @@ class Checkpointer:
         refresh_weights(self.engine)
         return state
 
+    def _begin(self, state: TrainState, prune: bool, copy: bool) -> None:
+        slots = [*self._slots(), self._rng_slot()]
+        if self._plan is None:
+            self._plan = plan_writes(slots)
+        pieces = {slot.key: slot.data for slot in slots if slot.key in self._plan.mine}
+        assert len(pieces) == len(self._plan.mine), "what a rank owns does not change during a run"
+        folder = self.run / "checkpoints" / checkpoint_name(state.step)
+        copied = None
+        if copy:
+            pieces, copied = self._snapshot.take(pieces)
+        rank = dist.get_rank()
+
+        def write() -> FileSum | None:
+            if copied is not None:
+                copied()
+            return write_pieces(folder, rank, pieces)
+
+        self._save = _Save(folder, state, prune, self._thread.submit(write))
+
+    def _advance(self, save: _Save) -> None:
+        """Take the save a step further if all ranks have come to the same point."""
+        done = save.work.done()
+        failed = done and save.work.exception() is not None
+        counts = torch.tensor([not done, failed], dtype=torch.int64, device=self.engine.device)
+        dist.all_reduce(counts)
+        at_work, failures = counts.tolist()
+        if at_work:
+            return
+        if failures:
+            self._save = None
+            raise self._failure(save)
+        if save.publishing:
+            self._save = None
+            return
+        save.publishing = True
+        sums: list[FileSum | None] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(save.work.result(), sums, dst=0)
+        if sums is not None:
+            files = {rank_file(rank): each for rank, each in enumerate(sums) if each is not None}
+            save.work = self._thread.submit(self._publish, save, files)
+
+    def _publish(self, save: _Save, files: Mapping[str, FileSum]) -> None:
+        assert self._plan is not None
+        complete(save.folder, save.state.to_json(), self.engine.layout.describe(), files, self._plan.tensors)
+        if save.prune:
+            # A later one is not of this history; it neither counts nor goes.
+            found = {step: path for step, path in checkpoints_of(self.run) if step <= save.state.step}
+            for step in to_delete(list(found), self.settings.keep, self.settings.keep_every):
+                delete(found[step])
+
+    def _failure(self, save: _Save) -> CheckpointError:
+        """Why a save has failed on some rank, the same on all."""
+        mine = save.work.exception()
+        everyone: list[BaseException | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        rank, reason = next((rank, error) for rank, error in enumerate(everyone) if error is not None)
+        if isinstance(reason, CheckpointError):
+            return reason
+        return CheckpointError(f"checkpoint {save.folder}: rank {rank} could not write it ({reason!r})")
+
     def _slots(self) -> list[Slot]:
         pieces = owned_pieces(self.engine, self.moments)
         return [flat_slot(piece.name, piece.shape, piece.start, piece.data) for piece in pieces]
 
     def _rng_slot(self) -> Slot:
-        rng = torch.get_rng_state()
+        rng: Tensor = torch.get_rng_state()
         return Slot(f"rng/rank-{dist.get_rank():05d}", rng.numel(), 0, rng)
+
+    @staticmethod
+    def _say(text: str) -> None:
+        if dist.get_rank() == 0:
+            print(f"megamoe: {text}", file=sys.stderr, flush=True)

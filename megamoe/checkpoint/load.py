@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 
 from megamoe.checkpoint.folders import newest_checkpoint
@@ -83,23 +84,31 @@ def load_model(source: Path) -> LoadedModel:
 
 
 def read_pieces(folder: Path, planner: PieceLoadPlanner, distributed: bool) -> None:
-    """Fill the planner's slots from a checkpoint.
+    """Fill the planner's slots from a checkpoint. If ``distributed``, all ranks call and come to the same end.
 
     Raises:
         DamagedCheckpoint: something is missing or damaged; on all ranks if it is so for one.
         CheckpointError: it is of another model, or cannot be loaded for another reason.
     """
+    rank = dist.get_rank() if distributed else 0
+    reason: CheckpointError | None = None
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each rank plans alone what it reads
     try:
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
         dcp.load(  # type: ignore[attr-defined]
-            {}, storage_reader=SafetensorsReader(folder), planner=planner, no_dist=not distributed
+            {}, storage_reader=SafetensorsReader(folder, all_files=rank == 0), planner=planner, no_dist=True
         )
-    except dcp.api.CheckpointException as error:  # carries the errors of all ranks
-        reasons = [reason for reason, _ in error.failures.values()]
+    except dcp.api.CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        reason = (
+            cause
+            if isinstance(cause, CheckpointError)
+            else CheckpointError(f"checkpoint {folder}: rank {rank} cannot load it ({cause!r})")
+        )
+    if distributed:
+        reasons: list[CheckpointError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, reason)
+        failures = [each for each in reasons if each is not None]
         # Another checkpoint helps only if damage is all that is wrong.
-        reason = next((each for each in reasons if not isinstance(each, DamagedCheckpoint)), reasons[0])
-        raise (
-            reason
-            if isinstance(reason, CheckpointError)
-            else CheckpointError(f"checkpoint {folder}: cannot be loaded ({reason})")
-        ) from error
+        reason = next((each for each in failures if not isinstance(each, DamagedCheckpoint)), next(iter(failures), None))
+    if reason is not None:
+        raise reason

@@ -1,4 +1,4 @@
-"""Plans of ``torch.distributed.checkpoint`` over pieces of flattened global tensors.
+"""Which rank writes and reads which pieces of flattened global tensors.
 
 A save asserts that the pieces of all ranks cover each global tensor exactly once; a load reads, for each piece that a rank
 wants, the parts of the stored pieces that overlap it. Neither side knows the other's layout.
@@ -9,91 +9,99 @@ from __future__ import annotations
 import io
 from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    LoadItemType,
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
+from megamoe.checkpoint.manifest import StoredTensor
 from megamoe.errors import CheckpointError
+
+_Held = tuple[str, int, int, int, torch.dtype]  # name, first element, elements, elements of the whole, type
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A piece as the planners see it: a range of the flattened global tensor ``name``, and its memory here."""
+    """A piece as the plans see it: a range of the flattened global tensor ``name``, and its memory here."""
 
     name: str
     size: int
     start: int
     data: Tensor
 
+    @property
+    def key(self) -> str:
+        """Name of the piece within a file."""
+        return piece_key(self.name, self.start)
 
-class PieceSavePlanner(SavePlanner):
-    """Writes each slot once; replicas of the same range on several ranks are written by the first."""
 
-    def __init__(self, slots: list[Slot]):
-        self.slots = {(slot.name, slot.start): slot for slot in slots}
+@dataclass(frozen=True)
+class WritePlan:
+    """Who writes what; the same for each save of a run.
 
-    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        """The slots are all there is."""
+    Attributes:
+        mine: Keys of the pieces that this rank writes.
+        tensors: What all ranks write, on rank 0; elsewhere empty.
+    """
 
-    def create_local_plan(self) -> SavePlan:
-        """One write per slot of this rank."""
-        return SavePlan([_write_item(slot) for slot in self.slots.values()])
+    mine: frozenset[str]
+    tensors: dict[str, StoredTensor]
 
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Drop replicas and check that every global tensor is covered exactly once."""
-        seen: set[MetadataIndex] = set()
-        chunks: dict[str, list[ChunkStorageMetadata]] = defaultdict(list)
-        kinds: dict[str, tuple[TensorProperties, torch.Size]] = {}
-        plans = []
-        for plan in all_plans:
-            items = [item for item in plan.items if item.index not in seen]
-            seen.update(item.index for item in items)
-            for item in items:
-                assert item.tensor_data is not None
-                chunks[item.index.fqn].append(item.tensor_data.chunk)
-                kinds[item.index.fqn] = (item.tensor_data.properties, item.tensor_data.size)
-            plans.append(SavePlan(items))
-        tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-        for name, (properties, size) in kinds.items():
-            ordered = sorted(chunks[name], key=lambda chunk: chunk.offsets[0])
-            end = 0
-            for chunk in ordered:
-                assert chunk.offsets[0] == end, f"{name}: element {end} is covered by no rank or by two"
-                end += chunk.sizes[0]
-            assert end == size[0], f"{name}: {size[0] - end} elements are covered by no rank"
-            tensors[name] = TensorStorageMetadata(properties, size, ordered)
-        return plans, Metadata(tensors)
 
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """The global plan is final."""
-        return new_plan
+def plan_writes(slots: Sequence[Slot]) -> WritePlan:
+    """Share the pieces out. All ranks call, each with what it holds.
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        """The memory of a slot."""
-        assert write_item.index.offset is not None
-        return self.slots[write_item.index.fqn, write_item.index.offset[0]].data
+    Replicas of the same range are written by the first rank that holds one. Every global tensor is covered exactly once.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    held = [(slot.name, slot.start, slot.data.numel(), slot.size, slot.data.dtype) for slot in slots]
+    everyone: list[Any] | None = [None] * ranks if rank == 0 else None
+    dist.gather_object(held, everyone, dst=0)
+    shares: list[Any] | None = None
+    tensors: dict[str, StoredTensor] = {}
+    if everyone is not None:
+        shares, tensors = _share_out(everyone)
+    mine: list[Any] = [None]
+    dist.scatter_object_list(mine, shares, src=0)
+    return WritePlan(mine[0], tensors)
+
+
+def _share_out(everyone: list[list[_Held]]) -> tuple[list[frozenset[str]], dict[str, StoredTensor]]:
+    seen: set[str] = set()
+    pieces: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
+    kinds: dict[str, tuple[int, torch.dtype]] = {}
+    shares = []
+    for rank, held in enumerate(everyone):
+        share = set()
+        for name, start, count, size, dtype in held:
+            key = piece_key(name, start)
+            if key not in seen:
+                share.add(key)
+                pieces[name].append((start, count, rank_file(rank)))
+                assert kinds.setdefault(name, (size, dtype)) == (size, dtype), f"{name}: ranks differ in size or type"
+        seen |= share
+        shares.append(frozenset(share))
+    tensors = {}
+    for name, (size, dtype) in kinds.items():
+        ordered = tuple(sorted(pieces[name]))
+        end = 0
+        for start, count, _ in ordered:
+            assert start == end, f"{name}: element {end} is covered by no rank or by two"
+            end += count
+        assert end == size, f"{name}: {size - end} elements are covered by no rank"
+        tensors[name] = StoredTensor(size, str(dtype).removeprefix("torch."), ordered)
+    return shares, tensors
 
 
 @dataclass
@@ -148,19 +156,19 @@ class PieceLoadPlanner(LoadPlanner):
         """Reads go to the slot's memory directly."""
 
 
+def piece_key(name: str, start: int) -> str:
+    """Name of a piece within its file."""
+    return f"{name}@{start}"
+
+
+def rank_file(rank: int) -> str:
+    """Name of the file that a rank writes."""
+    return f"rank-{rank:05d}.safetensors"
+
+
 def flat_slot(name: str, shape: tuple[int, ...], start: int, data: Tensor) -> Slot:
     """A slot from the shape of the global tensor."""
     return Slot(name, prod(shape), start, data)
-
-
-def _write_item(slot: Slot) -> WriteItem:
-    chunk = ChunkStorageMetadata(torch.Size([slot.start]), torch.Size([slot.data.numel()]))
-    properties = TensorProperties(dtype=slot.data.dtype)
-    return WriteItem(
-        index=MetadataIndex(slot.name, torch.Size([slot.start])),
-        type=WriteItemType.SHARD,
-        tensor_data=TensorWriteData(chunk, properties, torch.Size([slot.size])),
-    )
 
 
 def _reads(number: int, slot: Slot, chunks: list[ChunkStorageMetadata]) -> list[ReadItem]:

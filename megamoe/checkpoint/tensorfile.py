@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -65,8 +66,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileSum:
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         blocks = _BlockSums()
-        for part in (len(text).to_bytes(8, "little") + text, *map(_bytes_of, tensors.values())):
-            view = memoryview(part)
+        head = memoryview(len(text).to_bytes(8, "little") + text)
+        for view in chain([head], map(_bytes_of, tensors.values())):  # from a GPU one tensor after the other
             for at in range(0, len(view), BLOCK):  # in small parts, so that the checksum finds them in the cache
                 file.write(view[at : at + BLOCK])
                 blocks.add(view[at : at + BLOCK])
@@ -109,11 +110,18 @@ class TensorFile:
         entry = self.entries.get(key)
         if entry is None or entry.dtype != into.dtype or first + into.numel() > entry.count:
             raise DamagedCheckpoint(f"checkpoint {self._path}: has no {into.numel()} elements of {key}: damaged")
-        size, target = into.element_size(), into.view(torch.uint8)
-        start, done = entry.start + first * size, 0
-        for part in self._parts(start, start + target.numel()):
-            target[done : done + len(part)].copy_(torch.frombuffer(part, dtype=torch.uint8))
-            done += len(part)
+        start, target = entry.start + first * into.element_size(), into.view(torch.uint8)
+        done, end = 0, target.numel()
+        while done < end:
+            number, skipped = divmod(start + done, BLOCK)
+            count = min(end - done, BLOCK - skipped)
+            part = target[done : done + count]
+            if count == BLOCK and into.device.type == "cpu":  # a whole block goes straight to where it belongs
+                self._fill(_bytes_of(part), number)
+            else:
+                for piece in self._parts(start + done, start + done + count):
+                    part.copy_(torch.frombuffer(piece, dtype=torch.uint8))
+            done += count
 
     def check_blocks(self) -> Iterator[int]:
         """Read the whole file, block by block; yields the size of each good one.
@@ -142,24 +150,27 @@ class TensorFile:
     def _load(self, number: int) -> None:
         if number == self._number:  # small neighbours share a block
             return
-        start, end = number * BLOCK, min((number + 1) * BLOCK, self._expected.size)
         self._number = -1
-        filled = 0
+        self._fill(self._buffer[: min(BLOCK, self._expected.size - number * BLOCK)], number)
+        self._number = number
+
+    def _fill(self, into: memoryview, number: int) -> None:
+        """Read a block, all of it, to where there is room for it."""
+        start, filled = number * BLOCK, 0
         try:
             self._file.seek(start)
-            while filled < end - start:
-                count = self._file.readinto(self._buffer[filled : end - start])  # type: ignore[attr-defined]
+            while filled < len(into):
+                count = self._file.readinto(into[filled:])  # type: ignore[attr-defined]
                 if not count:
                     raise OSError(0, "the file has become shorter")
                 filled += count
         except OSError as error:
             raise DamagedCheckpoint(f"checkpoint {self._path}: cannot be read ({error.strerror})") from None
-        if block_sum(self._buffer[: end - start]) != self._expected.blocks[number]:
+        if block_sum(into) != self._expected.blocks[number]:
             raise DamagedCheckpoint(
-                f"checkpoint {self._path}: bytes {start} to {end} do not have the checksum that they were written with: "
-                "damaged"
+                f"checkpoint {self._path}: bytes {start} to {start + len(into)} do not have the checksum that they were "
+                "written with: damaged"
             )
-        self._number = number
 
     def _read_header(self) -> dict[str, Entry]:
         size = self._expected.size
@@ -224,5 +235,6 @@ class _BlockSums:
         self._hash, self._filled = xxhash.xxh3_64(), 0
 
 
-def _bytes_of(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().numpy().view("uint8")
+def _bytes_of(tensor: Tensor) -> memoryview:
+    array: Any = tensor.detach().cpu().numpy().view("uint8")
+    return memoryview(array)

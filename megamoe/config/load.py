@@ -62,7 +62,7 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[st
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from known_keys(kind, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}"
+            yield f"{prefix}{field.alias or name}"
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

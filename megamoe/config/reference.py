@@ -27,7 +27,7 @@ def _section(model: type[BaseModel], prefix: str) -> Iterator[str]:
         yield f"## {prefix.rstrip('.')}\n\n{summary}\n\n| key | default | meaning |\n| --- | --- | --- |"
         for name, field in values:
             meaning = (field.description or "").replace("|", "\\|")
-            yield f"| `{prefix}{name}` | `{_shown(field.default)}` | {meaning} |"
+            yield f"| `{prefix}{field.alias or name}` | `{_shown(field.default)}` | {meaning} |"
         yield ""
     for name, field in model.model_fields.items():
         kind = field.annotation

@@ -15,7 +15,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 class Section(BaseModel):
     """A block of settings: unknown keys are errors, values cannot change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, serialize_by_alias=True
+    )
 
 
 def _as_list(value: object) -> object:
@@ -268,6 +270,19 @@ class CheckpointConfig(Section):
     every: PositiveInt = Field(500, description="Steps between checkpoints; the last step is always saved.")
     keep: PositiveInt = Field(3, description="Checkpoints kept; older ones are deleted after a new one is complete.")
     keep_every: Count = Field(0, description="Checkpoints of steps that this divides stay for ever; 0: none.")
+    # Off takes no memory beyond the training itself; on, what a fault costs is the same but for the seconds of one save.
+    in_background: bool = Field(
+        False,
+        alias="async",
+        description="Training goes on while a checkpoint is written from a copy in host memory (AdamW: 12 bytes for each "
+        "parameter that the rank owns). The last one, and the one before a stop, are waited for.",
+    )
+    # With wait every checkpoint asked for is written; skip never holds the training up.
+    when_busy: Literal["wait", "skip"] = Field(
+        "wait",
+        description="With checkpoint.async, when the one before is still being written: wait for it, or leave the new one "
+        "out.",
+    )
 
 
 class MetricsConfig(Section):

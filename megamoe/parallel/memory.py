@@ -14,17 +14,22 @@ from megamoe.parallel.layout import Layout, stage_layers
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank."""
+    """Bytes on one rank. ``snapshot``, the copy that ``checkpoint.async`` writes from, is always in host memory."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    snapshot: int = 0
 
     @property
     def total(self) -> int:
-        """All of it; the process itself (Python, libraries, CUDA context) comes on top."""
+        """What a rank holds where it computes; the process itself (Python, libraries, CUDA context) comes on top."""
         return self.weights + self.gradients + self.optimizer + self.activations
+
+    def on(self, device: torch.device) -> int:
+        """What a rank holds on ``device``: on a CPU the snapshot is in the same memory."""
+        return self.total + (0 if device.type == "cuda" else self.snapshot)
 
 
 def predict_memory(config: Config, layout: Layout, stage: int) -> MemoryEstimate:
@@ -46,11 +51,12 @@ def predict_memory(config: Config, layout: Layout, stage: int) -> MemoryEstimate
         gradients += 4 * (held if layout.zero == 1 else owned)  # sums of micro-batches in fp32
     moments = 8 if config.optim.name == "adamw" else (4 if config.optim.momentum else 0)
     optimizer = (4 + moments) * owned
+    snapshot = optimizer if config.checkpoint.in_background else 0
     if not bf16:
         optimizer += 4 * owned  # the fp32 engine copies its shard of the gradient before the update
     in_flight = min(layout.pipeline - stage, layout.accumulation)
     activations = in_flight * sum(_kept(config, layer, width) for layer in layers) * config.train.micro_batch
-    return MemoryEstimate(int(weights), int(gradients), int(optimizer), int(activations))
+    return MemoryEstimate(int(weights), int(gradients), int(optimizer), int(activations), int(snapshot))
 
 
 def peak_memory(device: torch.device) -> int:

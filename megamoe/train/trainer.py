@@ -19,7 +19,7 @@ from megamoe.data.loader import StepBatch, StepLoader
 from megamoe.data.sources import open_cache
 from megamoe.data.state import DataState
 from megamoe.data.tokenizer import Tokenizer
-from megamoe.errors import DataError, NonFiniteError
+from megamoe.errors import DataError, DisagreementError, NonFiniteError
 from megamoe.parallel.agreement import check_agreement
 from megamoe.parallel.engine import StepResult, TrainEngine
 from megamoe.parallel.layout import Layout
@@ -61,6 +61,8 @@ class Trainer:
         self.engine = TrainEngine(config, layout, tokenizer.image_id, device)
         self.loader = self._build_loader(data) if self.engine.loads_data else None
         self.checkpointer = Checkpointer(config, self.engine)
+        self._dumped = config.model_dump(mode="json")
+        self._versions = {"megamoe": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
         self.step, self.tokens, self.samples, self.lost, self.lost_shard = 0, 0, 0, 0, 0
         self.recomputed, self.skipped, self._skipped_in_a_row = 0, 0, 0
         state = history.load(self.checkpointer)
@@ -88,15 +90,21 @@ class Trainer:
         try:
             while self.step < steps and not stopped:
                 stopped = self._step()
-                if stopped or self.step % self.config.checkpoint.every == 0 or self.step == steps:
+                last = stopped or self.step == steps
+                self.checkpointer.poll()
+                if last or self.step % self.config.checkpoint.every == 0:
                     if self.config.train.check_every:
                         self._check_agreement()  # or the next start would go on from the fault
                     self.watchdog.enter("saves a checkpoint", self.step, slow=True)
-                    self.checkpointer.save(self._state())
+                    self.checkpointer.save(self._state(), last)
                 self.watchdog.started()
             if self.step == steps:
                 self._report_memory()
             return self.step == steps
+        except (NonFiniteError, DisagreementError, DataError):  # on all ranks alike, so that they can wait together
+            self.watchdog.enter("waits for the checkpoint under way", self.step, slow=True)
+            self.checkpointer.finish()
+            raise
         finally:
             self.records.close()
             if self.loader is not None:
@@ -188,7 +196,7 @@ class Trainer:
     def _report_memory(self) -> None:
         """Write RUN/memory.json: for each rank the predicted and the measured peak, in bytes."""
         predicted = predict_memory(self.config, self.layout, self.layout.stage(self.rank))
-        mine = torch.tensor([predicted.total, peak_memory(self.device)], dtype=torch.int64, device=self.device)
+        mine = torch.tensor([predicted.on(self.device), peak_memory(self.device)], dtype=torch.int64, device=self.device)
         everyone = [torch.zeros_like(mine) for _ in range(self.layout.world_size)]
         dist.all_gather(everyone, mine)
         if self.rank == 0:
@@ -221,8 +229,8 @@ class Trainer:
             skipped_in_a_row=self._skipped_in_a_row,
             lost_shard=self.lost_shard,
             position=whole_state(self.loader, self.config.train.global_batch).to_json(),
-            config=self.config.model_dump(mode="json"),
-            versions={"megamoe": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
+            config=self._dumped,
+            versions=self._versions,
             **self.fingerprints,
         )
 

@@ -45,6 +45,15 @@ def test_wrong_settings_are_one_line_that_names_the_field(empty: Path, override:
     assert "\n" not in str(error.value)
 
 
+def test_a_key_that_python_cannot_spell_reads_back_equal(empty: Path, tmp_path: Path) -> None:
+    config = load_config(empty, ["checkpoint.async=true"])
+    assert config.checkpoint.in_background and "  async: true\n" in dump_config(config)
+    (tmp_path / "resolved.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "resolved.yaml") == config
+    with pytest.raises(UserError, match=r"did you mean checkpoint\.async\?"):
+        load_config(empty, ["checkpoint.asinc=true"])
+
+
 def test_yaml_cannot_make_objects(tmp_path: Path) -> None:
     path = tmp_path / "evil.yaml"
     path.write_text("run: !!python/object/apply:os.system ['true']")
