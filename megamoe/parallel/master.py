@@ -52,12 +52,12 @@ def owned_pieces(engine: TrainEngine, moments: tuple[str, ...]) -> list[Piece]:
     return pieces
 
 
-def create_moments(engine: TrainEngine, moments: tuple[str, ...], step: int) -> None:
-    """Give the optimizer the state that it would have after ``step`` steps, with zeros for a load to fill."""
+def create_moments(engine: TrainEngine, moments: tuple[str, ...], updates: int) -> None:
+    """Give the optimizer the state that it would have after so many updates, with zeros for a load to fill."""
     for flat in _flat_partitions(engine.deepspeed.optimizer):
         state: dict[str, Tensor] = {moment: torch.zeros_like(flat.detach()) for moment in moments}
-        if "exp_avg" in state:  # AdamW counts its steps for bias correction
-            state["step"] = torch.tensor(float(step), device=flat.device)
+        if "exp_avg" in state:  # AdamW counts its updates for bias correction
+            state["step"] = torch.tensor(float(updates), device=flat.device)
         engine.deepspeed.basic_optimizer.state[flat] = state
 
 
