@@ -108,6 +108,7 @@ class TrainEngine:
             )
         if layout.pipeline > 1:
             _backward_once(self.deepspeed)
+        torch.manual_seed(config.run.seed)  # what the layout made this rank draw while building is forgotten
         self._accepts: Accepts
         self._result: StepResult | None
         self._ask_before_update()

@@ -23,6 +23,7 @@ from megamoe.errors import DataError, NonFiniteError
 from megamoe.parallel.agreement import check_agreement
 from megamoe.parallel.engine import StepResult, TrainEngine
 from megamoe.parallel.layout import Layout
+from megamoe.parallel.masters import MasterSums
 from megamoe.parallel.memory import peak_memory, predict_memory
 from megamoe.train.data import next_batch, whole_state
 from megamoe.train.records import RunRecords
@@ -64,11 +65,13 @@ class Trainer:
         self.loader = self._build_loader(data) if self.engine.loads_data else None
         self.checkpointer = Checkpointer(config, self.engine)
         self.step, self.tokens, self.samples, self.lost, self.lost_shard = 0, 0, 0, 0, 0
-        self.recomputed, self.skipped, self._skipped_in_a_row, self.spikes = 0, 0, 0, 0
+        self.recomputed, self.skipped, self._skipped_in_a_row, self.spikes, self.drawn = 0, 0, 0, 0, 0
         self.watch = SpikeWatch(config.train)
+        self.masters = MasterSums(self.engine)
         state = history.load(self.checkpointer)
         if state is not None:
             self._go_on_from(state)
+        self.masters.note()
         if history.elsewhere:
             self.checkpointer.write(self._state())  # from here on, the run's own folder is enough to go on
         history.leave_the_rest(self.step)
@@ -119,6 +122,7 @@ class Trainer:
             self.loader, self.config.data, self.records, self.step + 1, self.device, self.stop, self.watchdog
         )
         self.lost += totals.lost
+        self.drawn += totals.drawn
         self.lost_shard += totals.lost_shard
         if totals.lost:
             if batch is not None:
@@ -157,6 +161,7 @@ class Trainer:
             result = self.engine.step(micro_batches, totals.targets, lr, self._accepts)
         if result.applied:
             self._skipped_in_a_row = 0
+            self.masters.note()
             self.watch.updated(result.loss, result.grad_norm)
         elif result.finite:
             self.spikes += 1
@@ -175,6 +180,7 @@ class Trainer:
         return result
 
     def _accepts(self, result: StepResult) -> bool:
+        self.masters.check()
         return self.watch.what(result.loss, result.grad_norm) is None
 
     def _leave_out(self, batch: StepBatch | None, why: str) -> None:
@@ -192,13 +198,23 @@ class Trainer:
         before = self.watch
         state, past = go_back(self.config, self.fingerprints, self.checkpointer, before)
         self._go_on_from(state)
+        self.masters.note()
         self.watch.go_past(past, before)
         self.checkpointer.write(self._state())
         self.records = RunRecords(self.config, self.rank, self.step, self.tokenizer)
 
     def _check_agreement(self) -> None:
-        aside = self.loader.state.quarantine if self.loader is not None else None
-        check_agreement(self.layout, self.engine.parameters, self.step, aside, self.device)
+        counters = [self.tokens, self.samples, self.lost, self.lost_shard, self.recomputed, self.skipped, self.spikes]
+        check_agreement(
+            self.layout,
+            self.engine.parameters,
+            self.step,
+            [*counters, self._skipped_in_a_row, self.watch.to_json()],
+            self.drawn,
+            self.loader.state if self.loader is not None else None,
+            self.masters.changed,
+            self.device,
+        )
 
     def _record(
         self, result: StepResult, totals: StepTotals, lr: float, batch: StepBatch | None, seconds: float
@@ -276,6 +292,7 @@ class Trainer:
         self.lost, self.lost_shard = state.lost, state.lost_shard
         self.recomputed, self.skipped, self._skipped_in_a_row = state.recomputed, state.skipped, state.skipped_in_a_row
         self.spikes = state.spikes
+        self.drawn = sum(DataState.from_json(state.position, "checkpoint").cursors.values())
         self.watch = SpikeWatch(self.config.train, state.spike_watch)
         if self.loader is not None:
             self.loader.go_on_from(DataState.from_json(state.position, "checkpoint"))
