@@ -220,8 +220,9 @@ class TrainConfig(Section):
     micro_batch: PositiveInt = Field(1, description="Packed sequences per forward pass of a rank.")
     check_every: Count = Field(
         100,
-        description="Steps between comparisons of what must be equal on several ranks (weights, bit by bit); they are made "
-        "before each checkpoint as well. 0: never.",
+        description="Steps between comparisons of what must be equal on several ranks (weights, bit by bit; counters, "
+        "generators, position in the data); they are made before each checkpoint as well. 0: never, and no rank looks "
+        "after its masters and moments either.",
     )
     max_skipped: Count = Field(
         3,

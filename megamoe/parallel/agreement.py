@@ -106,8 +106,8 @@ def check_agreement(
         found.append(f"data position: the lanes stand at {position} samples in all, but the steps have taken {drawn}")
     if found:
         raise DisagreementError(
-            f"step {step}: {'; '.join(found)}; a fault of memory or of the network is likely, look at the machines of these "
-            "ranks"
+            f"step {step}: {'; '.join(found)}; a fault of memory or of the network is likely, look at the machines "
+            "of these ranks"
         )
 
 

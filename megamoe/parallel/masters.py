@@ -16,12 +16,16 @@ from megamoe.parallel.master import flat_partitions
 class MasterSums:
     """Watches over the optimizer's memory on this rank, from an update to the next.
 
+    Args:
+        engine: What owns it.
+        enabled: Whether to look at all.
+
     Attributes:
         changed: Whether anything in it has changed outside of an update; stays so.
     """
 
-    def __init__(self, engine: TrainEngine):
-        self._engine = engine
+    def __init__(self, engine: TrainEngine, enabled: bool):
+        self._engine, self._enabled = engine, enabled
         self._noted: Tensor | None = None
         self._changed = torch.zeros((), dtype=torch.bool, device=engine.device)
 
@@ -31,7 +35,7 @@ class MasterSums:
 
     def note(self) -> None:
         """The masters are right now: an update, or a load, is done."""
-        self._noted = self._sums()
+        self._noted = self._sums() if self._enabled else None
 
     def check(self) -> None:
         """An update is about to be made. Nothing waits for the device here."""

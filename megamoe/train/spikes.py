@@ -78,7 +78,7 @@ class SpikeWatch:
         return {
             "losses": list(self._recent["loss"]),
             "norms": list(self._recent["gradient norm"]),
-            "in_a_row": self.in_a_row,
+            "in_a_row": list(self.in_a_row),
             "past": sorted(self.past),
             "rollbacks": [self.rollbacks, self.rollbacks_in_a_row],
         }

@@ -67,7 +67,7 @@ class Trainer:
         self.step, self.tokens, self.samples, self.lost, self.lost_shard = 0, 0, 0, 0, 0
         self.recomputed, self.skipped, self._skipped_in_a_row, self.spikes, self.drawn = 0, 0, 0, 0, 0
         self.watch = SpikeWatch(config.train)
-        self.masters = MasterSums(self.engine)
+        self.masters = MasterSums(self.engine, enabled=config.train.check_every > 0)
         state = history.load(self.checkpointer)
         if state is not None:
             self._go_on_from(state)

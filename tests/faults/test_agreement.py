@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_flipped_bit_is_found_before_it_is_saved(folder: Path, fault: str, overrides: list[str], named: str) -> None:
     name = fault.replace(",", "-")
     nproc = 4 if fault.endswith(("dense", "expert")) else 2
-    ended = with_fault(folder, "flipped.py", fault, nproc, "config.yaml", f"run.name={name}", *overrides)
+    ended = with_fault(folder, "flipped.py", fault, nproc, "config.yaml", f"run.name={name}", *overrides, timeout=600)
     assert all(status not in (0, 2) for status, _ in ended)
     assert any(named in said for _, said in ended), ended[0][1][-600:]
     assert not list((folder / "runs" / name / "checkpoints").glob("step-*"))

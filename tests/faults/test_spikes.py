@@ -39,7 +39,9 @@ def here(folder: Path) -> Path:
 
 
 def run(here: Path, script: str, fault: str, name: str, nproc: int, *overrides: str) -> list[tuple[int, str]]:
-    return with_fault(here, script, fault, nproc, "config.yaml", "--resume", "auto", f"run.name={name}", *overrides)
+    return with_fault(
+        here, script, fault, nproc, "config.yaml", "--resume", "auto", f"run.name={name}", *overrides, timeout=600
+    )
 
 
 def reference(here: Path, case: str) -> Path:
