@@ -23,6 +23,10 @@ class DamagedCheckpoint(CheckpointError):
     """A checkpoint is not what was written: cut, flipped, or a file is missing. Another one may be good."""
 
 
+class SpikeError(UserError):
+    """The loss spikes again and again, and going back to a checkpoint and past the samples has not helped."""
+
+
 class NonFiniteError(RuntimeError):
     """Loss or gradient became NaN or Inf; the weights were left as they were before the step."""
 

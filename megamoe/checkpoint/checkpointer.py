@@ -132,7 +132,7 @@ class Checkpointer:
             CheckpointError: it is of another model.
         """
         state = from_rank_0(lambda: TrainState.from_json(read_manifest(folder).state, str(folder)))
-        create_moments(self.engine, self.moments, state.step)
+        create_moments(self.engine, self.moments, state.updates)
         rng = self._rng_slot()
         # A layout with more ranks than the one that wrote has no generator state for the new ranks.
         read_pieces(folder, PieceLoadPlanner(self._slots(), optional=[rng]), distributed=True)

@@ -11,10 +11,10 @@ from megamoe.errors import CheckpointError
 
 @dataclass(frozen=True)
 class TrainState:
-    """State of a run after ``step`` optimizer steps.
+    """State of a run after ``step`` steps.
 
     Attributes:
-        step: Optimizer steps done.
+        step: Steps done, those that were skipped included.
         tokens: Tokens of packed sequences trained on, padding left out.
         samples: Image-text pairs trained on.
         lost: Samples that could not be used so far.
@@ -27,6 +27,8 @@ class TrainState:
         data: Fingerprint of the training shards.
         versions: Versions of the packages that wrote the checkpoint.
         lost_shard: Those of ``lost`` whose shard is in quarantine.
+        spikes: Steps that changed nothing since their loss was a spike, or since the run went past them.
+        spike_watch: What steps are judged by: :meth:`megamoe.train.spikes.SpikeWatch.to_json`.
     """
 
     step: int
@@ -42,6 +44,13 @@ class TrainState:
     data: str
     versions: dict[str, str] = field(default_factory=dict)
     lost_shard: int = 0
+    spikes: int = 0
+    spike_watch: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates made: the steps that were not skipped."""
+        return self.step - self.skipped - self.spikes
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""

@@ -1,8 +1,9 @@
 """RUN/metrics.jsonl: the record of each optimizer step, each step once however often the run was resumed.
 
 Keys: ``step loss lm_loss aux_loss z_loss grad_norm lr tokens samples step_seconds data_seconds tokens_per_second
-model_flops_per_second world_size lost truncated recomputed skipped``, ``bad_shards`` (shards in quarantine) and ``load``,
-which maps a sparse layer's name to the fraction of its routed tokens that each expert got (a list of E floats).
+model_flops_per_second world_size lost truncated recomputed skipped spikes rolled_back``, ``bad_shards`` (shards in
+quarantine) and ``load``, which maps a sparse layer's name to the fraction of its routed tokens that each expert got (a
+list of E floats).
 ``sources`` has for each source of the data what this step took from it (``samples bytes decode_seconds lost_image
 lost_caption lost_incomplete lost_shard``), ``reading`` what bringing it took on all ranks (``downloads cache_hits retries
 received seconds``; bytes and seconds of the workers).

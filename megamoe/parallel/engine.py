@@ -10,8 +10,8 @@ import io
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
@@ -51,11 +51,15 @@ class StepResult:
     z_loss: float
     grad_norm: float
     load: dict[str, list[float]]  # sparse layer -> share of the choices that each expert got
+    applied: bool = False  # whether the weights were updated; if not they are as before, and so is the optimizer
 
     @property
     def finite(self) -> bool:
-        """Whether it may count: neither the loss nor the norm is NaN or Inf, and so the weights were updated."""
+        """Whether neither the loss nor the norm is NaN or Inf."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+Accepts = Callable[[StepResult], bool]
 
 
 class TrainEngine:
@@ -104,24 +108,33 @@ class TrainEngine:
             )
         if layout.pipeline > 1:
             _backward_once(self.deepspeed)
+        torch.manual_seed(config.run.seed)  # what the layout made this rank draw while building is forgotten
+        self._accepts: Accepts
+        self._result: StepResult | None
+        self._ask_before_update()
 
     @property
     def loads_data(self) -> bool:
         """Whether this rank needs micro-batches: only the first stage does."""
         return self.layout.stage(self.rank) == 0
 
-    def step(self, micro_batches: Sequence[MicroBatch], targets: int, lr: float) -> StepResult:
+    def step(
+        self, micro_batches: Sequence[MicroBatch], targets: int, lr: float, accepts: Accepts = lambda _: True
+    ) -> StepResult:
         """Forward and backward over the micro-batches, clip by the global norm, update.
 
         Args:
             micro_batches: This rank's part of the global batch; ignored by later stages.
             targets: Caption tokens in the whole global batch.
             lr: Learning rate of this step.
+            accepts: Whether to make the update, asked before it is made if loss and norm are finite. It must answer
+                alike on all ranks; what it is given is equal on all of them.
 
         Returns:
-            The losses and the norm. If the norm is not finite the weights are as before, and so is the optimizer.
+            The losses and the norm, and whether the update was made.
         """
         layout = self.layout
+        self._accepts, self._result = accepts, None
         self._loss.targets_per_micro_batch = targets / (layout.accumulation * layout.data)
         for group in self.deepspeed.basic_optimizer.param_groups:
             group["lr"] = lr
@@ -133,7 +146,26 @@ class TrainEngine:
                 outputs = self.deepspeed(pixels.to(self.device), text.to(self.device))
                 self.deepspeed.backward(self._loss(outputs))
                 self.deepspeed.step()
-        return self._collect()
+        # DeepSpeed itself makes no update, and asks for none, if the norm is not finite.
+        return self._result or self._collect()
+
+    def _ask_before_update(self) -> None:
+        """Put a question before the optimizer: when it is not to update, all else that DeepSpeed does goes on as ever.
+
+        DeepSpeed runs the optimizer once for each group of parameters, on every rank, when it knows the norm and has
+        clipped by it. Weights and moments are left untouched, bit for bit, if it does not run.
+        """
+        optimizer = self.deepspeed.basic_optimizer
+        update = optimizer.step
+
+        def step() -> None:
+            result = self._result or self._collect()
+            if self._result is None:
+                self._result = result = replace(result, applied=result.finite and self._accepts(result))
+            if result.applied:
+                update()
+
+        optimizer.step = step
 
     def _pipeline_batches(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch | None, Tensor]]:
         # DeepSpeed's last stage wants labels; ours travel with the activations.
@@ -155,16 +187,18 @@ class TrainEngine:
             loads.append(torch.zeros(self._experts) if load_E is None else load_E.cpu())
             if isinstance(layer, SparseLayer):
                 layer.load_E = None
-        flat = torch.cat([parts_4, *(load.double() for load in loads)]).to(self.device)
+        norm = self.deepspeed.optimizer._global_grad_norm
+        # One rank says what the norm is: decisions are taken from it, and the others may differ in the last bit.
+        mine = 0.0 if self.rank else float("nan") if norm is None else float(norm)
+        norm_1 = torch.tensor([mine], dtype=torch.float64)
+        flat = torch.cat([parts_4, norm_1, *(load.double() for load in loads)]).to(self.device)
         dist.all_reduce(flat)
-        values = flat.tolist()
+        loss, lm_loss, aux_loss, z_loss, grad_norm, *choices = flat.tolist()
         load = {}
         for i, name in enumerate(sparse):
-            counts = values[4 + i * self._experts : 4 + (i + 1) * self._experts]
+            counts = choices[i * self._experts : (i + 1) * self._experts]
             load[name] = [count / max(1.0, sum(counts)) for count in counts]
-        norm = self.deepspeed.get_global_grad_norm()
-        loss, lm_loss, aux_loss, z_loss = values[:4]
-        return StepResult(loss, lm_loss, aux_loss, z_loss, float("nan") if norm is None else float(norm), load)
+        return StepResult(loss, lm_loss, aux_loss, z_loss, grad_norm, load)
 
 
 class _Pipeline(PipelineModule):

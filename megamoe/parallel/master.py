@@ -52,12 +52,12 @@ def owned_pieces(engine: TrainEngine, moments: tuple[str, ...]) -> list[Piece]:
     return pieces
 
 
-def create_moments(engine: TrainEngine, moments: tuple[str, ...], step: int) -> None:
-    """Give the optimizer the state that it would have after ``step`` steps, with zeros for a load to fill."""
-    for flat in _flat_partitions(engine.deepspeed.optimizer):
+def create_moments(engine: TrainEngine, moments: tuple[str, ...], updates: int) -> None:
+    """Give the optimizer the state that it would have after so many updates, with zeros for a load to fill."""
+    for flat in flat_partitions(engine.deepspeed.optimizer):
         state: dict[str, Tensor] = {moment: torch.zeros_like(flat.detach()) for moment in moments}
-        if "exp_avg" in state:  # AdamW counts its steps for bias correction
-            state["step"] = torch.tensor(float(step), device=flat.device)
+        if "exp_avg" in state:  # AdamW counts its updates for bias correction
+            state["step"] = torch.tensor(float(updates), device=flat.device)
         engine.deepspeed.basic_optimizer.state[flat] = state
 
 
@@ -93,7 +93,7 @@ def _zero12_range(optimizer: Any, parameter: nn.Parameter) -> tuple[int, Tensor,
     inside, outside = mapping.lp_fragment_address, mapping.hp_fragment_address
     if not inside.numel:
         return None
-    flat = _flat_partitions(optimizer)[mapping.param_group_index]
+    flat = flat_partitions(optimizer)[mapping.param_group_index]
     return inside.start, flat, outside.start, inside.numel
 
 
@@ -106,7 +106,7 @@ def _zero3_range(optimizer: Any, parameter: Any) -> tuple[int, Tensor, int, int]
     return start, optimizer.fp32_partitioned_groups_flat[sub_group], flat_start, count
 
 
-def _flat_partitions(optimizer: Any) -> list[Tensor]:
+def flat_partitions(optimizer: Any) -> list[Tensor]:
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(optimizer, name):
             partitions: list[Tensor] = getattr(optimizer, name)

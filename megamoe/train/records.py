@@ -90,7 +90,7 @@ class RunRecords:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def write_skipped(self, step: int, batch: StepBatch, what: str) -> None:
-        """Name the samples of this rank's batch that no update came of, for its loss was not finite: ``what``."""
+        """Name the samples of this rank's batch that no update came of; ``what``: why."""
         lost = [LostSample(slot, name, f"step skipped: {what}") for slot, name in batch.samples]
         self.write_lost(step, replace(batch, lost=lost))
 

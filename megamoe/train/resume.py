@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -30,19 +31,20 @@ class Resume:
         config: The resolved config.
         asked: ``auto``, ``none``, or a run or checkpoint folder.
         fingerprints: ``tokenizer`` and ``data``, which a checkpoint must fit to.
+        among: For ``auto``: of the run's checkpoints those to choose from, the best one last; None: all.
 
     Raises:
         DamagedCheckpoint: the one asked for is damaged, or all of them are.
         CheckpointError: there is none, or it is of another model, tokenizer or data.
     """
 
-    def __init__(self, config: Config, asked: str, fingerprints: dict[str, str]):
+    def __init__(self, config: Config, asked: str, fingerprints: dict[str, str], among: Sequence[Path] | None = None):
         self._config, self._fingerprints, self._run = config, fingerprints, config.run.folder
         self._auto = asked == "auto"
         self._refused: list[str] = []  # on rank 0
         self._left: list[Path] = []  # on rank 0: the next one is the last
         if dist.get_rank() == 0 and self._auto:
-            self._left = [folder for _, folder in checkpoints_of(self._run)]
+            self._left = [folder for _, folder in checkpoints_of(self._run)] if among is None else list(among)
         self._next = from_rank_0(self._choose if asked in ("auto", "none") else lambda: self._only(Path(asked)))
         self.elsewhere = from_rank_0(self._is_elsewhere)
 
@@ -112,6 +114,12 @@ class Resume:
     def _refuse(self, error: CheckpointError) -> None:
         self._refused.append(str(error))
         _say(f"{error}{'; taking the one before' if self._left else ''}")
+
+
+def checkpoints_before(run: Path, step: int, margin: int) -> list[Path]:
+    """Checkpoints of a run from before ``step``, those at least ``margin`` steps before it last, each oldest first."""
+    found = [(saved, folder) for saved, folder in checkpoints_of(run) if saved < step]
+    return [folder for _, folder in sorted(found, key=lambda each: (each[0] < step - margin, each[0]))]
 
 
 def _with_remedy(error: DamagedCheckpoint) -> DamagedCheckpoint:

@@ -22,6 +22,7 @@ _OF_READING = ("downloads", "cache_hits", "retries", "received", "seconds")
 class StepTotals:
     """Over the global batch: labels, non-padding tokens, samples trained on, samples lost, captions cut.
 
+    ``drawn``: samples that the lanes have moved on by; incomplete ones, which have no place in a lane, are lost as well.
     ``lost_shard``: those of the samples lost whose shard is in quarantine. ``stops``: ranks that were asked to stop.
     ``failed``: ranks whose part is missing; then the other counts mean nothing.
     """
@@ -30,6 +31,7 @@ class StepTotals:
     tokens: int
     samples: int
     lost: int
+    drawn: int
     lost_shard: int
     truncated: int
     stops: int
@@ -38,11 +40,13 @@ class StepTotals:
 
 def step_totals(batch: StepBatch | None, failed: bool, stop: bool, device: torch.device) -> StepTotals:
     """Sum the counts of the ranks that load data; the others pass None. All ranks call."""
-    mine = StepTotals(0, 0, 0, 0, 0, 0, int(stop), int(failed))
+    mine = StepTotals(0, 0, 0, 0, 0, 0, 0, int(stop), int(failed))
     if batch is not None:
         tokens = sum(int((text[:, 1] > 0).sum()) for _, text in batch.micro_batches)
         shard = sum(count for (_, what), count in batch.counters.items() if what == "lost_shard")
-        mine = StepTotals(batch.targets, tokens, len(batch.samples), len(batch.lost), shard, batch.truncated, int(stop), 0)
+        samples, lost = len(batch.samples), len(batch.lost)
+        drawn = samples + lost - sum(count for (_, what), count in batch.counters.items() if what == "lost_incomplete")
+        mine = StepTotals(batch.targets, tokens, samples, lost, drawn, shard, batch.truncated, int(stop), 0)
     counts = torch.tensor(astuple(mine), dtype=torch.int64, device=device)
     dist.all_reduce(counts)
     return StepTotals(*counts.tolist())

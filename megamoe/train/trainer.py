@@ -23,11 +23,14 @@ from megamoe.errors import DataError, DisagreementError, NonFiniteError
 from megamoe.parallel.agreement import check_agreement
 from megamoe.parallel.engine import StepResult, TrainEngine
 from megamoe.parallel.layout import Layout
+from megamoe.parallel.masters import MasterSums
 from megamoe.parallel.memory import peak_memory, predict_memory
 from megamoe.train.data import next_batch, whole_state
 from megamoe.train.records import RunRecords
 from megamoe.train.resume import Resume
+from megamoe.train.rollback import go_back
 from megamoe.train.schedule import learning_rate
+from megamoe.train.spikes import SpikeWatch
 from megamoe.train.stop import StopRequest
 from megamoe.train.totals import StepTotals, check_losses, reading_totals
 from megamoe.train.watchdog import Watchdog
@@ -64,10 +67,13 @@ class Trainer:
         self._dumped = config.model_dump(mode="json")
         self._versions = {"megamoe": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
         self.step, self.tokens, self.samples, self.lost, self.lost_shard = 0, 0, 0, 0, 0
-        self.recomputed, self.skipped, self._skipped_in_a_row = 0, 0, 0
+        self.recomputed, self.skipped, self._skipped_in_a_row, self.spikes, self.drawn = 0, 0, 0, 0, 0
+        self.watch = SpikeWatch(config.train)
+        self.masters = MasterSums(self.engine, enabled=config.train.check_every > 0)
         state = history.load(self.checkpointer)
         if state is not None:
             self._go_on_from(state)
+        self.masters.note()
         if history.elsewhere:
             self.checkpointer.write(self._state())  # from here on, the run's own folder is enough to go on
         history.leave_the_rest(self.step)
@@ -83,6 +89,7 @@ class Trainer:
             NonFiniteError: loss or gradient of more than ``train.max_skipped`` steps in a row is NaN or Inf.
             DisagreementError: what must be equal on several ranks is not.
             DataError: too many samples cannot be used, or a shard cannot be read.
+            SpikeError: the loss spikes again and again, and going back does not help.
             CheckpointError: a checkpoint cannot be written.
         """
         self.stop.started()
@@ -90,9 +97,14 @@ class Trainer:
         try:
             while self.step < steps and not stopped:
                 stopped = self._step()
-                last = stopped or self.step == steps
                 self.checkpointer.poll()
-                if last or self.step % self.config.checkpoint.every == 0:
+                if len(self.watch.in_a_row) > self.config.train.max_spikes:
+                    self._roll_back()
+                    continue
+                last = stopped or self.step == steps
+                # None while spikes come: a checkpoint from before them may be needed.
+                if last or (self.step % self.config.checkpoint.every == 0 and not self.watch.in_a_row):
+                    self.watch.saved(self.step)
                     if self.config.train.check_every:
                         self._check_agreement()  # or the next start would go on from the fault
                     self.watchdog.enter("saves a checkpoint", self.step, slow=True)
@@ -101,7 +113,7 @@ class Trainer:
             if self.step == steps:
                 self._report_memory()
             return self.step == steps
-        except (NonFiniteError, DisagreementError, DataError):  # on all ranks alike, so that they can wait together
+        except (NonFiniteError, DisagreementError, SpikeError, DataError):  # on all ranks alike, so that they can wait together
             self.watchdog.enter("waits for the checkpoint under way", self.step, slow=True)
             self.checkpointer.finish()
             raise
@@ -117,6 +129,7 @@ class Trainer:
             self.loader, self.config.data, self.records, self.step + 1, self.device, self.stop, self.watchdog
         )
         self.lost += totals.lost
+        self.drawn += totals.drawn
         self.lost_shard += totals.lost_shard
         if totals.lost:
             if batch is not None:
@@ -127,45 +140,89 @@ class Trainer:
         self.watchdog.enter("computes with the other ranks", self.step + 1)
         result = self._compute(batch, totals, lr)
         self.step += 1
-        if result.finite:
+        if result.applied:
             self.samples += totals.samples
             self.tokens += totals.tokens
         if self.config.train.check_every and self.step % self.config.train.check_every == 0:
             self._check_agreement()
         given, reading = reading_totals(batch, self.sources, self.device)
         record = self._record(result, totals, lr, batch, time.perf_counter() - started)
-        self.records.write(record | {"sources": given, "reading": reading}, batch if result.finite else None)
+        self.records.write(record | {"sources": given, "reading": reading}, batch if result.applied else None)
         return totals.stops > 0
 
     def _compute(self, batch: StepBatch | None, totals: StepTotals, lr: float) -> StepResult:
-        """Take the step. One that is not finite leaves the state as it was and is computed once more.
+        """Take the step. One that is not finite, or a spike, leaves the state as it was and is computed once more.
 
         A fault that passes so leaves no trace. If it comes again, all ranks go on without the update, and the samples
-        are named.
+        are named. So they are for a step that the run goes past.
         """
         micro_batches = batch.micro_batches if batch is not None else []
-        result = self.engine.step(micro_batches, totals.targets, lr)
-        if not result.finite:
-            self.recomputed += 1
-            result = self.engine.step(micro_batches, totals.targets, lr)
-        if result.finite:
-            self._skipped_in_a_row = 0
+        if self.step + 1 in self.watch.past:
+            result = self.engine.step(micro_batches, totals.targets, lr, lambda _: False)
+            self._leave_out(batch, "gone past after a rollback")
+            self.spikes += 1
             return result
-        what = f"loss {result.loss}, gradient norm {result.grad_norm}"
-        self.skipped += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row > self.config.train.max_skipped:
-            raise NonFiniteError(
-                f"step {self.step + 1}: {what}, twice, and no update for {self._skipped_in_a_row - 1} steps before it "
-                f"(train.max_skipped); lower optim.lr or look at the samples in the run's folder lost/"
-            )
-        if batch is not None:
-            self.records.write_skipped(self.step + 1, batch, what)
+        result = self.engine.step(micro_batches, totals.targets, lr, self._accepts)
+        if not result.applied:
+            self.recomputed += 1
+            result = self.engine.step(micro_batches, totals.targets, lr, self._accepts)
+        if result.applied:
+            self._skipped_in_a_row = 0
+            self.masters.note()
+            self.watch.updated(result.loss, result.grad_norm)
+        elif result.finite:
+            self.spikes += 1
+            self.watch.in_a_row.append(self.step + 1)
+            self._leave_out(batch, str(self.watch.what(result.loss, result.grad_norm)))
+        else:
+            what = f"loss {result.loss}, gradient norm {result.grad_norm}"
+            self.skipped += 1
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row > self.config.train.max_skipped:
+                raise NonFiniteError(
+                    f"step {self.step + 1}: {what}, twice, and no update for {self._skipped_in_a_row - 1} steps before it "
+                    f"(train.max_skipped); lower optim.lr or look at the samples in the run's folder lost/"
+                )
+            self._leave_out(batch, what)
         return result
 
+    def _accepts(self, result: StepResult) -> bool:
+        self.masters.check()
+        return self.watch.what(result.loss, result.grad_norm) is None
+
+    def _leave_out(self, batch: StepBatch | None, why: str) -> None:
+        if batch is not None:
+            self.records.write_skipped(self.step + 1, batch, why)
+
+    def _roll_back(self) -> None:
+        """Go on from before the spikes in a row and past them. A checkpoint is made of that: later starts do the same.
+
+        Raises:
+            SpikeError: no checkpoint is older, or this was done too often.
+        """
+        self.watchdog.enter("goes back to a checkpoint", self.step, slow=True)
+        self.checkpointer.finish()
+        self.records.close()
+        before = self.watch
+        state, past = go_back(self.config, self.fingerprints, self.checkpointer, before)
+        self._go_on_from(state)
+        self.masters.note()
+        self.watch.go_past(past, before)
+        self.checkpointer.write(self._state())
+        self.records = RunRecords(self.config, self.rank, self.step, self.tokenizer)
+
     def _check_agreement(self) -> None:
-        aside = self.loader.state.quarantine if self.loader is not None else None
-        check_agreement(self.layout, self.engine.parameters, self.step, aside, self.device)
+        counters = [self.tokens, self.samples, self.lost, self.lost_shard, self.recomputed, self.skipped, self.spikes]
+        check_agreement(
+            self.layout,
+            self.engine.parameters,
+            self.step,
+            [*counters, self._skipped_in_a_row, self.watch.to_json()],
+            self.drawn,
+            self.loader.state if self.loader is not None else None,
+            self.masters.changed,
+            self.device,
+        )
 
     def _record(
         self, result: StepResult, totals: StepTotals, lr: float, batch: StepBatch | None, seconds: float
@@ -185,6 +242,8 @@ class Trainer:
             "truncated": totals.truncated,
             "recomputed": self.recomputed,
             "skipped": self.skipped,
+            "spikes": self.spikes,
+            "rolled_back": self.watch.rollbacks,
             "step_seconds": seconds,
             "data_seconds": batch.wait_seconds if batch is not None else 0.0,
             "tokens_per_second": totals.tokens / seconds,
@@ -228,6 +287,8 @@ class Trainer:
             skipped=self.skipped,
             skipped_in_a_row=self._skipped_in_a_row,
             lost_shard=self.lost_shard,
+            spikes=self.spikes,
+            spike_watch=self.watch.to_json(),
             position=whole_state(self.loader, self.config.train.global_batch).to_json(),
             config=self._dumped,
             versions=self._versions,
@@ -238,6 +299,9 @@ class Trainer:
         self.step, self.tokens, self.samples = state.step, state.tokens, state.samples
         self.lost, self.lost_shard = state.lost, state.lost_shard
         self.recomputed, self.skipped, self._skipped_in_a_row = state.recomputed, state.skipped, state.skipped_in_a_row
+        self.spikes = state.spikes
+        self.drawn = sum(DataState.from_json(state.position, "checkpoint").cursors.values())
+        self.watch = SpikeWatch(self.config.train, state.spike_watch)
         if self.loader is not None:
             self.loader.go_on_from(DataState.from_json(state.position, "checkpoint"))
 

@@ -1,4 +1,4 @@
-"""`megamoe` with a fault: the gradient of one parameter on rank 1 becomes NaN in certain computations of a step.
+"""`megamoe` with a fault: the gradient of one parameter on the last rank becomes NaN in certain computations of a step.
 
 python poisoned.py COMPUTATIONS train ...      (COMPUTATIONS: 3 or 3,4: counted from 1, each try of a step counts)
 """
@@ -21,7 +21,7 @@ def main() -> None:
         nonlocal count
         count += 1
         handle = None
-        if count in poisoned and os.environ["RANK"] == "1":
+        if count in poisoned and int(os.environ["RANK"]) + 1 == int(os.environ["WORLD_SIZE"]):
             parameter = next(iter(self.parameters.values()))
             handle = parameter.register_hook(lambda gradient: gradient * float("nan"))
         try:
