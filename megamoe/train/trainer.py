@@ -19,7 +19,7 @@ from megamoe.data.loader import StepBatch, StepLoader
 from megamoe.data.sources import open_cache
 from megamoe.data.state import DataState
 from megamoe.data.tokenizer import Tokenizer
-from megamoe.errors import DataError, DisagreementError, NonFiniteError
+from megamoe.errors import DataError, DisagreementError, NonFiniteError, SpikeError
 from megamoe.parallel.agreement import check_agreement
 from megamoe.parallel.engine import StepResult, TrainEngine
 from megamoe.parallel.layout import Layout
@@ -113,7 +113,7 @@ class Trainer:
             if self.step == steps:
                 self._report_memory()
             return self.step == steps
-        except (NonFiniteError, DisagreementError, SpikeError, DataError):  # on all ranks alike, so that they can wait together
+        except (NonFiniteError, DisagreementError, SpikeError, DataError):  # on all ranks alike: they can wait together
             self.watchdog.enter("waits for the checkpoint under way", self.step, slow=True)
             self.checkpointer.finish()
             raise
