@@ -22,7 +22,9 @@ from megamoe.checkpoint.contents import moments_of
 from megamoe.checkpoint.folders import checkpoint_name, checkpoints_of, delete, to_delete
 from megamoe.checkpoint.load import read_pieces
 from megamoe.checkpoint.manifest import read_manifest
+from megamoe.checkpoint.mirror import Mirror
 from megamoe.checkpoint.pieces import PieceLoadPlanner, Slot, WritePlan, flat_slot, plan_writes, rank_file
+from megamoe.checkpoint.remote import RemoteCheckpoints
 from megamoe.checkpoint.snapshot import Snapshot
 from megamoe.checkpoint.state import TrainState
 from megamoe.checkpoint.store import complete, write_pieces
@@ -67,6 +69,9 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._plan: WritePlan | None = None
         self._save: _Save | None = None
+        self._mirror: Mirror | None = None
+        if self.settings.mirror is not None and dist.get_rank() == 0:
+            self._mirror = Mirror(RemoteCheckpoints(self.settings.mirror), self.run, self.settings)
 
     @property
     def busy(self) -> bool:
@@ -124,6 +129,15 @@ class Checkpointer:
             wait([self._save.work])
             self._advance(self._save)
 
+    def finish_mirror(self) -> None:
+        """Wait until checkpoint.mirror has what the run's folder has. Other ranks need not be there any more.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._mirror is not None:
+            self._mirror.finish()
+
     def load(self, folder: Path) -> TrainState:
         """Put the state of a checkpoint into the engine, under whatever layout wrote it. No save is under way.
 
@@ -131,6 +145,8 @@ class Checkpointer:
             DamagedCheckpoint: something is missing or damaged; another one may be loaded instead.
             CheckpointError: it is of another model.
         """
+        if self._mirror is not None:
+            self._mirror.wait()  # what is loaded may be the beginning of another history
         state = from_rank_0(lambda: TrainState.from_json(read_manifest(folder).state, str(folder)))
         create_moments(self.engine, self.moments, state.updates)
         rng = self._rng_slot()
@@ -189,6 +205,8 @@ class Checkpointer:
             found = {step: path for step, path in checkpoints_of(self.run) if step <= save.state.step}
             for step in to_delete(list(found), self.settings.keep, self.settings.keep_every):
                 delete(found[step])
+        if self._mirror is not None:
+            self._mirror.changed()
 
     def _failure(self, save: _Save) -> CheckpointError:
         """Why a save has failed on some rank, the same on all."""

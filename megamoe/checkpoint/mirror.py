@@ -27,7 +27,7 @@ class Mirror:
     def __init__(self, store: RemoteCheckpoints, run: Path, settings: CheckpointConfig):
         self._store, self._run, self._settings = store, run, settings
         self._changed = threading.Condition()
-        self._rounds_asked, self._rounds_done, self._ending = 0, 0, False
+        self._rounds_asked, self._rounds_begun, self._idle, self._ending = 0, 0, True, False
         self._failure: CheckpointError | None = None
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
@@ -35,11 +35,16 @@ class Mirror:
     def changed(self) -> None:
         """There is a new checkpoint, or one is gone."""
         with self._changed:
-            self._rounds_asked += 1
+            self._rounds_asked, self._idle = self._rounds_asked + 1, False
             self._changed.notify_all()
 
+    def wait(self) -> None:
+        """Wait until no copy is under way."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._idle)
+
     def finish(self) -> None:
-        """Wait until all is copied.
+        """Wait until all is copied; nothing can be copied after that.
 
         Raises:
             CheckpointError: the newest checkpoint could not be copied.
@@ -53,18 +58,23 @@ class Mirror:
             raise self._failure
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._rounds_asked > self._rounds_done or self._ending)
-                if self._rounds_asked == self._rounds_done:
-                    return
-                self._rounds_done = self._rounds_asked
+        while self._next():
             try:
                 self._round()
                 self._failure = None
             except CheckpointError as error:
                 self._failure = error
                 print(f"megamoe: {error}; the local checkpoints are whole", file=sys.stderr, flush=True)
+
+    def _next(self) -> bool:
+        """Wait until there is something to do; False at the end."""
+        with self._changed:
+            self._idle = self._rounds_asked == self._rounds_begun
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._rounds_asked > self._rounds_begun or self._ending)
+            more = self._rounds_asked > self._rounds_begun
+            self._rounds_begun, self._idle = self._rounds_asked, not more
+            return more
 
     def _round(self) -> None:
         local = dict(checkpoints_of(self._run))

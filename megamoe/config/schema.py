@@ -308,6 +308,11 @@ class CheckpointConfig(Section):
         description="With checkpoint.async, when the one before is still being written: wait for it, or leave the new one "
         "out.",
     )
+    mirror: str | None = Field(
+        None,
+        description="Folder of an object store (s3://bucket/runs/one, or what else fsspec writes) to which each checkpoint "
+        "is copied while training goes on. --resume auto takes from there what the run's folder has lost.",
+    )
 
 
 class MetricsConfig(Section):

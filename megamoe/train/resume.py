@@ -12,6 +12,7 @@ from megamoe.checkpoint.checkpointer import Checkpointer
 from megamoe.checkpoint.folders import checkpoints_of, set_aside, tidy
 from megamoe.checkpoint.load import find_checkpoint
 from megamoe.checkpoint.manifest import check_sizes, read_manifest
+from megamoe.checkpoint.remote import RemoteCheckpoints
 from megamoe.checkpoint.state import TrainState, check_fits
 from megamoe.config import Config
 from megamoe.data.state import DataState
@@ -42,9 +43,13 @@ class Resume:
         self._config, self._fingerprints, self._run = config, fingerprints, config.run.folder
         self._auto = asked == "auto"
         self._refused: list[str] = []  # on rank 0
-        self._left: list[Path] = []  # on rank 0: the next one is the last
-        if dist.get_rank() == 0 and self._auto:
-            self._left = [folder for _, folder in checkpoints_of(self._run)] if among is None else list(among)
+        self._left: list[Path | int] = []  # on rank 0: the next one is the last; a step is one that only the mirror has
+        mirror = config.checkpoint.mirror
+        self._mirror = RemoteCheckpoints(mirror) if mirror is not None and dist.get_rank() == 0 else None
+        if among is not None:
+            self._left = list(among)
+        elif asked in ("auto", "none"):
+            self._left = from_rank_0(lambda: self._all_there_are(asked))
         self._next = from_rank_0(self._choose if asked in ("auto", "none") else lambda: self._only(Path(asked)))
         self.elsewhere = from_rank_0(self._is_elsewhere)
 
@@ -71,17 +76,49 @@ class Resume:
             # Before records are cut: if this is interrupted, they are never shorter than the newest checkpoint.
             for folder in set_aside(self._run, step, newer_only=not self.elsewhere):
                 _say(f"{folder}: set aside, the run goes on from step {step}")
+            self._leave_in_mirror(step)
             for folder in tidy(self._run):
                 _say(f"{folder}: half-written, removed")
             truncate_audit(self._run, step)
             truncate_lost(self._run, step)
         dist.barrier()
 
+    def _all_there_are(self, asked: str) -> list[Path | int]:
+        """Checkpoints of the run, oldest first."""
+        here: dict[int, Path | int] = dict(checkpoints_of(self._run))
+        try:
+            there = self._mirror.steps() if self._mirror is not None else []
+        except CheckpointError as error:
+            if not here:
+                raise
+            _say(f"{error}; going on with what {self._run} has")
+            there, self._mirror = [], None
+        if asked == "none":
+            if there:
+                raise CheckpointError(
+                    f"checkpoint.mirror {self._config.checkpoint.mirror}: has checkpoints of a run, the newest of step "
+                    f"{there[-1]}; go on with it by --resume auto, or choose another folder"
+                )
+            return []
+        return [each for _, each in sorted({**{step: step for step in there}, **here}.items())]
+
+    def _leave_in_mirror(self, step: int) -> None:
+        if self._mirror is None:
+            return
+        for there in self._mirror.steps():
+            if there > step or (self.elsewhere and there != step):
+                self._mirror.abandon(there)
+                _say(f"checkpoint.mirror: step {there} set aside, the run goes on from step {step}")
+
     def _choose(self) -> Path | None:
         while self._left:
-            folder = self._left.pop()
+            each = self._left.pop()
             try:
-                return self._look_at(folder)
+                if isinstance(each, int):
+                    assert self._mirror is not None
+                    _say(f"step {each}: fetched from checkpoint.mirror, since {self._run} does not have it")
+                    each = self._mirror.fetch(each, self._run)
+                return self._look_at(each)
             except DamagedCheckpoint as error:
                 self._refuse(error)
         if self._refused:

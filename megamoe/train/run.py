@@ -56,7 +56,12 @@ def train(config: Config, resume: str) -> int:
     with joined_world() as device:
         from megamoe.train.trainer import Trainer
 
-        return 0 if Trainer(config, layout, tokenizer, data, device, resume, stop, watchdog).run() else STOPPED
+        trainer = Trainer(config, layout, tokenizer, data, device, resume, stop, watchdog)
+        if not trainer.run():
+            return STOPPED
+    watchdog.enter("copies the last checkpoint to checkpoint.mirror", trainer.step, slow=True)
+    trainer.checkpointer.finish_mirror()  # alone: the other ranks need not wait
+    return 0
 
 
 def prepare_folder(config: Config, tokenizer: Tokenizer) -> None:

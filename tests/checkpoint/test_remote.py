@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megamoe.checkpoint.remote import RemoteCheckpoints
 from megamoe.checkpoint.tensorfile import write_tensors
 from megamoe.config.schema import CheckpointConfig
 from megamoe.errors import CheckpointError, DamagedCheckpoint
+from tests.training import largest_difference, make_data, metrics, small_config, train, write_config
 
 pytest.importorskip("s3fs", reason="needs s3fs")
 boto3 = pytest.importorskip("boto3", reason="needs moto[server]")
@@ -175,3 +177,18 @@ def test_a_folder_is_a_store_too(tmp_path: Path) -> None:
 def test_an_unknown_store_is_one_line(url: str) -> None:
     with pytest.raises(CheckpointError, match=r"checkpoint.mirror .*give a folder"):
         RemoteCheckpoints(url)
+
+
+def test_a_run_goes_on_elsewhere_from_its_mirror_as_if_nothing_had_happened(client: Any, tmp_path: Path) -> None:
+    make_data(tmp_path)
+    write_config(tmp_path, small_config(checkpoint={"every": 5, "mirror": URL}))
+    whole = train(tmp_path, "one", 2, ["parallel.expert=2", "checkpoint.async=true"])
+    assert RemoteCheckpoints(URL).steps() == [5, 10]
+    RemoteCheckpoints(URL).abandon(10)
+    shutil.move(tmp_path / "runs/one", tmp_path / "lost")
+    assert train(tmp_path, "one", 2, ["parallel.pipeline=2"], resume="auto")[-1]["step"] == 10
+    rows = metrics(tmp_path / "runs/one")
+    assert largest_difference(whole[5:], rows)[0] < 1e-5
+    assert RemoteCheckpoints(URL).steps() == [5, 10]
+    with pytest.raises(AssertionError, match=r"has checkpoints of a run, the newest of step 10; go on with it by"):
+        train(tmp_path, "another", 1)
