@@ -11,7 +11,7 @@ An event is {"time": seconds since the epoch, "event": what, "node": name or nul
                 rank, hang, port, spare, back (a node that was lost is there again), shrink, grow, leave (a node was taken
                 away with a warning), again (the run was started again), host (its supervisor had died). `since` is the
                 time at which that was noticed.
-    step        the first step of an attempt is in the metrics
+    step        the first step of an attempt is in the metrics (of very short ones perhaps the second)
     ended       all ranks of an attempt have ended; detail.statuses
     stop        asked to stop by detail.signal
     again       the cluster was asked to start the run again; detail.why, detail.accepted

@@ -41,6 +41,7 @@ from megamoe.statuses import FAILED, HUNG, NO_PROGRESS, STOPPED
 COMING = 120.0  # seconds for the agents of the allocation to come: Python from a cold network file system takes its time
 SETTLED = 2.0  # seconds; nodes that come together are taken in together
 PORT_TRIES = 3
+CHANGES = {"grow": "nodes have come", "leave": "a node is taken away"}
 
 
 def supervise(config_path: Path, overrides: Sequence[str], resume: str, settings: Config, cluster: Cluster) -> int:
@@ -226,15 +227,18 @@ class _Supervisor:
             noticed = time.time()
             culprit = team.culprit() if not team.lost() else None
             change = self._change(team)
-            stop = bool(self._caught) or (change is None and asked_to_stop(team))
+            asked = asked_to_stop(team)
+            stop = bool(self._caught) or (asked and change is None)
+            if culprit is not None and not asked:
+                change = None
             by_themselves = False
             frozen: Mapping[int, list[int]] = {}
             if team.lost():
                 pass  # nobody can save without the others: all ranks are killed on the way out
-            elif stop or (change is not None and (culprit is None or asked_to_stop(team))):
+            elif stop or change is not None:
                 self._report.state("stopping", folder.name, layout, team, self._resume)
                 grace = self._limits.stop_grace + PEER_GRACE
-                why = {"grow": "nodes have come", "leave": "a node is taken away"}[change] if change and not stop else None
+                why = None if stop or change is None else CHANGES[change]
                 by_themselves = stop_ranks(team, self._caught, grace, self._terminal, why)
             elif culprit is not None:
                 frozen = last_words(team, culprit[1])
@@ -253,7 +257,7 @@ class _Supervisor:
             return self._judge_losses([node.name for node in lost], state)
         if not any(statuses):
             return _End(0)
-        if ended.change is not None and (ended.culprit is None or ended.by_themselves):
+        if ended.change is not None:
             if not ended.by_themselves:
                 self._terminal.say("not all ranks have saved in time (launch.stop_grace): back to the last checkpoint")
             return ended.change
