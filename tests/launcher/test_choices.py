@@ -14,14 +14,14 @@ from launcher.history import EVENTS, History, Recovery, recoveries
 from launcher.layouts import choose_layout, layout_overrides, team_sizes
 from launcher.pool import Losses, natural
 from launcher.progress import RunState
-from megamoe.config import Config, parse_config
+from megamoe.config import Config
 from megamoe.config.schema import LaunchConfig
 from megamoe.errors import UserError
 from tests.training import small_config
 
 
-def config(pipeline: int = 1, expert: int = 1, **sections: dict[str, Any]) -> Config:
-    return parse_config(small_config(parallel={"pipeline": pipeline, "expert": expert}, **sections))
+def config(**sections: dict[str, Any]) -> Config:
+    return Config.model_validate(small_config(**sections))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def config(pipeline: int = 1, expert: int = 1, **sections: dict[str, Any]) -> Co
 def test_the_layout_nearest_to_the_configs_is_chosen(
     pipeline: int, expert: int, ranks: int, found: tuple[int, int, int]
 ) -> None:
-    layout = choose_layout(config(pipeline, expert), ranks)
+    layout = choose_layout(config(parallel={"pipeline": pipeline, "expert": expert}), ranks)
     assert layout is not None and (layout.pipeline, layout.data, layout.expert) == found
     assert layout.accumulation * layout.data == 8
     assert layout_overrides(layout) == [f"parallel.pipeline={found[0]}", f"parallel.expert={found[2]}"]
@@ -50,7 +50,7 @@ def test_numbers_of_nodes_without_a_layout_are_left_out_or_refused() -> None:
     assert team_sizes(config(parallel=zero, launch={"nodes": 5, "min_nodes": 2, "ranks_per_node": 2})) == [2, 4]
     with pytest.raises(UserError, match=r"no layout fits 5 to 7 nodes .* divide train.global_batch .* \(8\)"):
         team_sizes(config(parallel=zero, launch={"nodes": 7, "min_nodes": 5}))
-    with pytest.raises(UserError, match="launch.min_nodes 3 is more than launch.nodes 2"):
+    with pytest.raises(UserError, match=r"launch\.min_nodes 3 is more than launch.nodes 2"):
         team_sizes(config(launch={"nodes": 2, "min_nodes": 3}))
 
 
