@@ -6,9 +6,9 @@ import signal
 import time
 from collections.abc import Collection
 
+from launcher.group import POLL, RankGroup
 from launcher.output import Terminal, signal_name
 from launcher.progress import RunState
-from launcher.ranks import POLL, Ranks
 from megamoe.statuses import STOP_FAILED, STOP_SIGNALS, STOPPED, STOPPED_TWICE
 
 # A rank that was killed by such a signal had not yet come as far as to listen to it.
@@ -16,12 +16,12 @@ _AS_ASKED = frozenset({STOPPED, *(-number for number in STOP_SIGNALS)})
 _ASKED = _AS_ASKED | {STOP_FAILED, STOPPED_TWICE}
 
 
-def asked_to_stop(ranks: Ranks) -> bool:
+def asked_to_stop(ranks: RankGroup) -> bool:
     """Whether a rank has ended because somebody asked it, or one of its peers, to stop."""
     return not _ASKED.isdisjoint(ranks.ended().values())
 
 
-def stop_ranks(ranks: Ranks, caught: list[int], grace: float, terminal: Terminal) -> bool:
+def stop_ranks(ranks: RankGroup, caught: list[int], grace: float, terminal: Terminal) -> bool:
     """Ask all ranks to save and end, and wait for it, at most ``grace`` seconds and until Ctrl-C comes on top.
 
     Only SIGINT is a person who does not want to wait. A batch system sends SIGUSR1, later SIGTERM, and a session that ends
