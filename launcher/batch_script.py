@@ -1,4 +1,4 @@
-"""The batch scripts of a run: its job, and helper jobs that bring further nodes. Readable, with the reason of each choice."""
+"""The batch scripts of a run, readable and with reasons: its job, and helper jobs that bring further nodes."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def helper_options(
 def job_script(options: Options, settings: Config, run_dir: Path) -> str:
     """The text for ``sbatch``: the supervisor of the run in place of the shell."""
     head = [
-        f"# The job of run {settings.run.name}, written by `megamoe launch slurm`; {run_dir}/launch/request.json says what it",
-        "# trains. Can be submitted again by hand: it goes on from the newest checkpoint.",
+        f"# The job of run {settings.run.name}, written by `megamoe launch`; what it trains is in request.json beside it.",
+        "# Submitted by hand, once it has run, it goes on from the newest checkpoint.",
     ]
     body = [
         "# exec: SLURM sends its signals to this process, so the supervisor has to be it. It starts an agent on each node.",
@@ -85,7 +85,10 @@ def job_script(options: Options, settings: Config, run_dir: Path) -> str:
 def helper_script(options: Options, settings: Config, run_dir: Path) -> str:
     """The text for ``sbatch``: an agent on each of its nodes, which ends when the run's job does."""
     head = [f"# Further nodes for the job of run {settings.run.name}, submitted by that job."]
-    body = ["exec " + shlex.join(agents_command(settings.launch.slurm, run_dir))]
+    # All three, since variables of the job win over the ones that are left out.
+    size = '--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES"'
+    srun, *arguments = agents_command(settings.launch.slurm, run_dir)
+    body = [f"exec {srun} {size} {shlex.join(arguments)}"]
     return _script(head, options, settings.launch.slurm.setup, body)
 
 

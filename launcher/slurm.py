@@ -1,11 +1,9 @@
-"""SLURM as the one who gives out nodes: agents by srun, further nodes by helper jobs, another start by requeue or a chain."""
+"""SLURM gives out the nodes: agents by srun, further nodes by helper jobs, another start by requeue or a chain."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
-import os
 import signal
 import subprocess
 import sys
@@ -270,3 +268,18 @@ def _without_sigterm() -> Iterator[None]:
 def _excluded(settings: Config, run_dir: Path) -> list[str]:
     given = settings.launch.slurm.exclude
     return [*([given] if given else []), *excluded_nodes(run_dir)]
+
+
+def orphaned(again: str, run_dir: Path) -> None:
+    """Start the run again after the host of its batch script has died; called by a process of the job that is left.
+
+    SLURM does not: under --no-kill the job counts as running, without a batch script.
+
+    Raises:
+        UserError: SLURM does not allow it.
+    """
+    for job in noted_jobs(run_dir, ["run"]):
+        if again == "requeue":
+            requeue(job, run_dir)
+        else:
+            slurm(["scancel", job])  # for the next job of a chain this is an end like any other

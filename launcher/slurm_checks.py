@@ -27,10 +27,12 @@ def check_settings(launch: LaunchConfig) -> None:
     if launch.min_nodes is not None and launch.min_nodes > launch.nodes:
         raise UserError(f"launch.min_nodes {launch.min_nodes} is more than launch.nodes {launch.nodes}; lower it")
     limit = durations.seconds(launch.slurm.time) if launch.slurm.time is not None else float("inf")
-    if limit <= launch.slurm.signal_seconds:
+    # SLURM looks at limits now and then, and may send the signal a minute early.
+    if limit <= launch.slurm.signal_seconds + 60:
         raise UserError(
-            f"launch.slurm.time {launch.slurm.time}: the run would save and stop at its start, launch.slurm.signal_seconds "
-            f"{launch.slurm.signal_seconds} s before the limit; give more time"
+            f"launch.slurm.time {launch.slurm.time}: the run is told to save launch.slurm.signal_seconds "
+            f"{launch.slurm.signal_seconds} s before the limit, or up to a minute earlier, which leaves no time to train; "
+            "give more"
         )
     for option in launch.slurm.extra:
         if not option.startswith("-"):

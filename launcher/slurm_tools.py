@@ -42,9 +42,8 @@ def outside_job(options: Sequence[str] = ()) -> dict[str, str]:
     ours = {option.removeprefix("--").split("=")[0] for option in options}
     kept = dict(os.environ)
     for name in os.environ:
-        if name.startswith("SLURM_") and name not in _KEPT:
-            del kept[name]
-        elif name.startswith("SBATCH_") and _option(name) in ours:
+        of_this_job = name.startswith(("SLURM_", "SLURMD_", "SRUN_")) and name not in _KEPT
+        if of_this_job or (name.startswith("SBATCH_") and _option(name) in ours):
             del kept[name]
     return kept
 
@@ -61,7 +60,7 @@ def records(text: str) -> list[dict[str, str]]:
 
 def _option(variable: str) -> str:
     name = variable.removeprefix("SBATCH_").lower().replace("_", "-")
-    return {"timelimit": "time", "mem-per-node": "mem", "job-name": "job-name", "no-requeue": "requeue"}.get(name, name)
+    return {"timelimit": "time", "mem-per-node": "mem", "gpus-per-node": "gres"}.get(name, name)
 
 
 def _said(stderr: str) -> str:

@@ -17,6 +17,7 @@ import click
 
 from megamoe import __version__
 from megamoe.commands.checkpoint import checkpoint
+from megamoe.commands.launch import launch
 from megamoe.errors import UserError
 from megamoe.statuses import FAILED, REQUEST_IS_WRONG
 
@@ -156,6 +157,7 @@ def demo(ctx: click.Context) -> None:
 
 
 megamoe.add_command(checkpoint)
+megamoe.add_command(launch)
 
 
 @megamoe.group()
