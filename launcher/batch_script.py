@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from megamoe.config.schema import Config, SlurmConfig
+from megamoe.config.schema import Config, LaunchConfig, SlurmConfig
 from megamoe.errors import UserError
 
 Options = list[tuple[str, list[str]]]  # a reason, and the options of sbatch that it is the reason of
@@ -17,14 +17,9 @@ Options = list[tuple[str, list[str]]]  # a reason, and the options of sbatch tha
 def job_options(settings: Config, run_dir: Path, workdir: Path, excluded: Collection[str] = ()) -> Options:
     """Options of the job of a run: where it may run, how many nodes, and how it goes on."""
     launch, slurm = settings.launch, settings.launch.slurm
-    fewest = launch.min_nodes or launch.nodes
-    most = launch.nodes + launch.spares
-    nodes = f"{fewest}" if fewest == most else f"{fewest}-{most}"
-    counted = f"{launch.nodes} nodes at work" + (f" and {launch.spares} to stand by" if launch.spares else "")
-    if fewest < launch.nodes:
-        counted += f"; it starts with {fewest} if no more are free, and others join when they are"
-    elif launch.spares:
-        counted += "; it does not wait for the latter"
+    counted = f"{launch.nodes} node{'s' * (launch.nodes > 1)} at work"
+    if launch.spares:
+        counted += f", and up to {launch.spares} to stand by, for which it does not wait"
     again = {
         "requeue": ("SLURM starts this job again after preemption or the loss of its first node.", "--requeue"),
         "chain": (
@@ -37,7 +32,7 @@ def job_options(settings: Config, run_dir: Path, workdir: Path, excluded: Collec
         ("", [f"--job-name=megamoe-{settings.run.name}", f"--chdir={workdir}"]),
         ("One log for all starts of this job, which are appended.", [_output(run_dir, "job"), "--open-mode=append"]),
         *_place(slurm, excluded),
-        (f"{counted}.", [f"--nodes={nodes}"]),
+        (f"{counted}.", [f"--nodes={node_range(launch, launch.nodes)}"]),
         *_node(settings),
         *_time(slurm),
         (
@@ -49,6 +44,12 @@ def job_options(settings: Config, run_dir: Path, workdir: Path, excluded: Collec
         ("The loss of a node does not end the job: the run goes on with the nodes that are left.", ["--no-kill"]),
         *_extra(slurm),
     ]
+
+
+def node_range(launch: LaunchConfig, fewest: int) -> str:
+    """The nodes to ask for: SLURM starts the job as soon as ``fewest`` are free, with as many as it can give then."""
+    most = launch.nodes + launch.spares
+    return str(fewest) if fewest == most else f"{fewest}-{most}"
 
 
 def helper_options(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from launcher.verdict import latest_attempt
 from megamoe.errors import UserError
 
 LOOK_EVERY = 0.5  # seconds
@@ -19,8 +20,6 @@ def newest_log(run_dir: Path, rank: int | None) -> Path | None:
     Raises:
         UserError: there is no such run, or no such rank in it.
     """
-    from launcher.local import latest_attempt
-
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run; give the folder of one")
     if rank is None:

@@ -46,7 +46,7 @@ def serve_run(run_dir: Path, node: str) -> int:
 
     def start_again(why: str) -> None:
         Terminal().say(f"{node}: {why}")
-        orphaned(settings.launch.slurm.again, run_dir)
+        orphaned(run_dir, settings)
 
     return run_agent(run_dir, node, os.environ.get("SLURM_JOB_ID", ""), orphaned=start_again)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from launcher import durations
-from launcher.batch_script import agents_command, helper_options, helper_script
+from launcher.batch_script import agents_command, helper_options, helper_script, node_range
 from launcher.request import FOLDER, exclude_node, excluded_nodes, forget_job, note_job, noted_jobs
 from launcher.slurm_tools import expand, outside_job, slurm
 from megamoe.config.schema import Config
@@ -81,7 +81,7 @@ class SlurmCluster:
             self._goes_on = True
         elif again == "requeue":
             # All processes of this job, this one included, get SIGTERM at once.
-            requeue(self.job, self._run_dir)
+            requeue(self.job, self._run_dir, self._settings)
             self._goes_on = True
         return self._goes_on
 
@@ -217,10 +217,11 @@ class SlurmCluster:
     def _queue_next(self) -> None:
         script = self._run_dir / FOLDER / "job.sh"
         options = [f"--dependency=afternotok:{self.job}", "--kill-on-invalid-dep=yes"]
+        options.append(f"--nodes={node_range(self._settings.launch, _fewest(self._settings))}")
         if excluded := _excluded(self._settings, self._run_dir):
             options.append(f"--exclude={','.join(excluded)}")
         try:
-            answer = slurm(["sbatch", "--parsable", *options, str(script)], environment=outside_job(["--dependency"]))
+            answer = slurm(["sbatch", "--parsable", *options, str(script)], environment=outside_job(options))
         except UserError as error:
             self._say(f"the run cannot go on in another job after this one: {error}")
             return
@@ -239,20 +240,36 @@ class SlurmCluster:
             forget_job(self._run_dir, job)
 
 
-def requeue(job: str, run_dir: Path) -> None:
-    """Let SLURM start ``job`` again, without the nodes that the run has excluded. Works from any process of the job, too.
+def requeue(job: str, run_dir: Path, settings: Config) -> None:
+    """Let SLURM start ``job`` again, on fewer nodes if it has no more, and on none that the run has excluded.
+
+    Works from any process of the job, too.
 
     Raises:
         UserError: SLURM does not allow it.
     """
-    excluded = list(excluded_nodes(run_dir))
+    changed = [f"NumNodes={node_range(settings.launch, _fewest(settings))}"]
+    if excluded := _excluded(settings, run_dir):
+        changed.append(f"ExcNodeList={','.join(excluded)}")
     with _without_sigterm():
         slurm(["scontrol", "requeue", job])
-        if excluded:
-            # SLURM takes this for a job that waits only, so now, in the seconds that it leaves between SIGTERM and SIGKILL.
-            known = slurm(["scontrol", "--oneliner", "show", "job", job])
-            before = known.partition("ExcNodeList=")[2].split(" ")[0].replace("(null)", "")
-            slurm(["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(filter(None, [before, *excluded]))}"])
+        # SLURM changes jobs that wait only. So this is done now, in the seconds that it leaves between SIGTERM and SIGKILL.
+        slurm(["scontrol", "update", f"JobId={job}", *changed])
+
+
+def orphaned(run_dir: Path, settings: Config) -> None:
+    """Start the run again after the host of its batch script has died; called by a process of the job that is left.
+
+    SLURM does not: under --no-kill the job counts as running, without a batch script.
+
+    Raises:
+        UserError: SLURM does not allow it.
+    """
+    for job in noted_jobs(run_dir, ["run"]):
+        if settings.launch.slurm.again == "requeue":
+            requeue(job, run_dir, settings)
+        else:
+            slurm(["scancel", job])  # for the next job of a chain this is an end like any other
 
 
 @contextlib.contextmanager
@@ -270,16 +287,6 @@ def _excluded(settings: Config, run_dir: Path) -> list[str]:
     return [*([given] if given else []), *excluded_nodes(run_dir)]
 
 
-def orphaned(again: str, run_dir: Path) -> None:
-    """Start the run again after the host of its batch script has died; called by a process of the job that is left.
-
-    SLURM does not: under --no-kill the job counts as running, without a batch script.
-
-    Raises:
-        UserError: SLURM does not allow it.
-    """
-    for job in noted_jobs(run_dir, ["run"]):
-        if again == "requeue":
-            requeue(job, run_dir)
-        else:
-            slurm(["scancel", job])  # for the next job of a chain this is an end like any other
+def _fewest(settings: Config) -> int:
+    """Nodes that the run can go on with."""
+    return settings.launch.min_nodes or 1

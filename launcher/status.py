@@ -22,7 +22,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     Returns:
         ``run`` (folder), ``jobs`` (id -> kind, state, nodes, elapsed, limit, reason; those in the queue), ``queue`` (why
         SLURM could not be asked, or null), ``step``, ``steps``, ``saved`` (step of the newest checkpoint), ``excluded``
-        (node -> reason), ``supervisor`` (what RUN/launch/state.json says, or null), ``events`` (of RUN/launch/events.jsonl).
+        (node -> reason), ``supervisor`` (what state.json in RUN/launch says, or null), ``events`` (those of events.jsonl).
 
     Raises:
         UserError: nothing was launched there.
