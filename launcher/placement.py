@@ -74,10 +74,10 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def own_addresses() -> list[str]:
-    """IPv4 addresses of this machine that others may reach it by; loopback comes last."""
-    found = [each.address for all_ in psutil.net_if_addrs().values() for each in all_ if each.family == socket.AF_INET]
-    return sorted(found, key=lambda address: address.startswith("127."))
+def own_addresses() -> tuple[list[str], list[str]]:
+    """IPv4 addresses of this machine: those that others may reach it by, and loopback."""
+    found = [each.address for every in psutil.net_if_addrs().values() for each in every if each.family == socket.AF_INET]
+    return [each for each in found if not each.startswith("127.")], [each for each in found if each.startswith("127.")]
 
 
 def share_cores(cpus: Collection[int], ranks: int, numa: Sequence[Collection[int]]) -> list[list[int]] | None:

@@ -27,6 +27,7 @@ class Wire:
     """One end of a connection. Sending is possible from any thread; an error closes it, and nothing is raised.
 
     Attributes:
+        addresses: IP addresses of this end and of the other.
         closed: why nothing more comes; empty while it is open.
         heard: time (monotonic) of the last message.
     """
@@ -36,16 +37,12 @@ class Wire:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.closed = ""
         self.heard = time.monotonic()
+        self.addresses: tuple[str, str] = connection.getsockname()[0], connection.getpeername()[0]
         self._socket, self._lock, self._received = connection, threading.Lock(), b""
 
     def fileno(self) -> int:
         """For ``select``; not after the end."""
         return self._socket.fileno()
-
-    @property
-    def addresses(self) -> tuple[str, str]:
-        """IP addresses of this end and of the other."""
-        return self._socket.getsockname()[0], self._socket.getpeername()[0]
 
     def send(self, verb: str, **fields: object) -> None:
         """Send a message."""
