@@ -57,7 +57,7 @@ def helper_options(
 ) -> Options:
     """Options of a job that brings up to ``count`` further nodes for the ``seconds`` that the run's job has left."""
     slurm = settings.launch.slurm
-    minutes = f"{math.ceil(seconds / 60) + 1}" if math.isfinite(seconds) else None
+    minutes = f"{math.ceil(seconds / 60)}" if math.isfinite(seconds) else None
     return [
         ("", [f"--job-name=megamoe-{settings.run.name}-helper", f"--chdir={workdir}"]),
         ("", [_output(run_dir, "helper"), "--open-mode=append"]),

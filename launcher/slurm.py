@@ -14,6 +14,7 @@ from pathlib import Path
 
 from launcher import durations
 from launcher.batch_script import agents_command, helper_options, helper_script, node_range
+from launcher.layouts import team_sizes
 from launcher.request import FOLDER, exclude_node, excluded_nodes, forget_job, note_job, noted_jobs
 from launcher.slurm_tools import expand, outside_job, slurm
 from megamoe.config.schema import Config
@@ -217,7 +218,7 @@ class SlurmCluster:
     def _queue_next(self) -> None:
         script = self._run_dir / FOLDER / "job.sh"
         options = [f"--dependency=afternotok:{self.job}", "--kill-on-invalid-dep=yes"]
-        options.append(f"--nodes={node_range(self._settings.launch, _fewest(self._settings))}")
+        options.append(f"--nodes={node_range(self._settings.launch, min(team_sizes(self._settings)))}")
         if excluded := _excluded(self._settings, self._run_dir):
             options.append(f"--exclude={','.join(excluded)}")
         try:
@@ -248,7 +249,7 @@ def requeue(job: str, run_dir: Path, settings: Config) -> None:
     Raises:
         UserError: SLURM does not allow it.
     """
-    changed = [f"NumNodes={node_range(settings.launch, _fewest(settings))}"]
+    changed = [f"NumNodes={node_range(settings.launch, min(team_sizes(settings)))}"]
     if excluded := _excluded(settings, run_dir):
         changed.append(f"ExcNodeList={','.join(excluded)}")
     with _without_sigterm():
@@ -285,8 +286,3 @@ def _without_sigterm() -> Iterator[None]:
 def _excluded(settings: Config, run_dir: Path) -> list[str]:
     given = settings.launch.slurm.exclude
     return [*([given] if given else []), *excluded_nodes(run_dir)]
-
-
-def _fewest(settings: Config) -> int:
-    """Nodes that the run can go on with."""
-    return settings.launch.min_nodes or 1

@@ -24,8 +24,6 @@ def check_settings(launch: LaunchConfig) -> None:
             f"launch.slurm.signal_seconds {launch.slurm.signal_seconds}: the run needs up to launch.stop_grace "
             f"{launch.stop_grace:g} s to save before the time limit; use at least {launch.stop_grace * 2:g}"
         )
-    if launch.min_nodes is not None and launch.min_nodes > launch.nodes:
-        raise UserError(f"launch.min_nodes {launch.min_nodes} is more than launch.nodes {launch.nodes}; lower it")
     limit = durations.seconds(launch.slurm.time) if launch.slurm.time is not None else float("inf")
     # SLURM looks at limits now and then, and may send the signal a minute early.
     if limit <= launch.slurm.signal_seconds + 60:

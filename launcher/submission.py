@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from launcher.batch_script import job_options, job_script
+from launcher.layouts import ranks_per_node, team_sizes
 from launcher.request import FOLDER, Request, excluded_nodes, forget_job, note_job, noted_jobs
 from launcher.slurm_checks import check_cluster, check_settings
 from launcher.slurm_tools import outside_job, slurm
@@ -191,7 +192,16 @@ def _prepare(request: Request) -> Submission:
 
 
 def _check_layouts(settings: Config) -> None:
-    plan_layout(settings, settings.launch.nodes * (settings.launch.ranks_per_node or settings.launch.gpus_per_node or 1))
+    launch, ranks = settings.launch, ranks_per_node(settings)
+    # At full size it is the layout of the config that is asked for; others are for what is left after a loss.
+    plan_layout(settings, launch.nodes * ranks)
+    sizes = team_sizes(settings)
+    if launch.min_nodes is not None and launch.min_nodes not in sizes:
+        each = f"{ranks} rank{'s' * (ranks > 1)} each"
+        raise UserError(
+            f"launch.min_nodes {launch.min_nodes}: no layout fits {launch.min_nodes} nodes with {each}; with at least as many "
+            f"the run can work on {', '.join(map(str, sizes))}; use launch.min_nodes={sizes[0]}"
+        )
 
 
 def _last_of_each(settings: Sequence[str]) -> tuple[str, ...]:
