@@ -32,7 +32,11 @@ def job_options(settings: Config, run_dir: Path, workdir: Path, excluded: Collec
         ("", [f"--job-name=megamoe-{settings.run.name}", f"--chdir={workdir}"]),
         ("One log for all starts of this job, which are appended.", [_output(run_dir, "job"), "--open-mode=append"]),
         *_place(slurm, excluded),
-        (f"{counted}.", [f"--nodes={node_range(launch, launch.nodes)}"]),
+        # Without --ntasks-per-node, with which SLURM never gives more than the fewest nodes of a range.
+        (
+            f"{counted}. Each gets one task, the agent, which starts its ranks.",
+            [f"--nodes={node_range(launch, launch.nodes)}"],
+        ),
         *_node(settings),
         *_time(slurm),
         (
@@ -129,7 +133,7 @@ def _place(slurm: SlurmConfig, excluded: Collection[str]) -> Options:
 
 def _node(settings: Config) -> Options:
     launch, slurm = settings.launch, settings.launch.slurm
-    rows: Options = [("One task per node: its agent, which starts the ranks of the node.", ["--ntasks-per-node=1"])]
+    rows: Options = []
     if slurm.cpus_per_node is None:
         rows.append(("Whole nodes: a neighbour would slow down one rank, and with it all.", ["--exclusive"]))
     else:

@@ -199,8 +199,8 @@ def _check_layouts(settings: Config) -> None:
     if launch.min_nodes is not None and launch.min_nodes not in sizes:
         each = f"{ranks} rank{'s' * (ranks > 1)} each"
         raise UserError(
-            f"launch.min_nodes {launch.min_nodes}: no layout fits {launch.min_nodes} nodes with {each}; use one of the numbers "
-            f"of nodes that the run can work on: {', '.join(map(str, sizes))}"
+            f"launch.min_nodes {launch.min_nodes}: no layout fits {launch.min_nodes} nodes with {each}; use a number of "
+            f"nodes that the run can work on: {', '.join(map(str, sizes))}"
         )
 
 

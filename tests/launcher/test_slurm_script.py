@@ -38,7 +38,6 @@ def test_the_job_of_a_plain_run() -> None:
         "--output=/scratch/runs/tiny/logs/job-%j.log",
         "--open-mode=append",
         "--nodes=2",
-        "--ntasks-per-node=1",
         "--exclusive",
         "--mem=0",
         "--signal=B:USR1@120",
@@ -81,6 +80,7 @@ def test_every_option_is_handed_on() -> None:
     ):
         assert option in given
     assert "--exclusive" not in given
+    assert not [option for option in given if option.startswith("--ntasks")], "with it a range of nodes is its lower end"
 
 
 @pytest.mark.parametrize(
