@@ -7,6 +7,7 @@ begin elsewhere.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import socket
@@ -17,11 +18,10 @@ from pathlib import Path
 
 from launcher.group import POLL
 from launcher.guard import Guard
-from launcher.hub import BEAT
 from launcher.invitation import Invitation, Pulse, read_invitation
 from launcher.placement import Place, environment, numa_nodes, share_cores
 from launcher.ranks import Ranks, caught_signals
-from launcher.wire import Message, Wire, new_nonce, proof, proves
+from launcher.wire import BEAT, Message, Wire, new_nonce, proof, proves
 from megamoe.statuses import FAILED
 
 PATIENCE = 300.0  # seconds to wait for a supervisor, also for one that takes the place of a dead one
@@ -61,7 +61,7 @@ def run_agent(
     with Guard() as guard, caught_signals() as caught:
         known: Invitation | None = None
         deadline = time.monotonic() + patience
-        while time.monotonic() < deadline and not (caught and known is None):
+        while time.monotonic() < deadline and not caught:
             invitation = read_invitation(run_dir)
             if invitation is None and known is not None:
                 _say(node, "the run is over")
@@ -104,12 +104,12 @@ class _Agent:
                 wire = Wire(socket.create_connection((host, invitation.port), timeout=KNOCK))
             except OSError:
                 continue
-            first = _next(wire)
+            first = wire.first(KNOCK)
             if first is not None and isinstance(theirs := first.get("nonce"), str):
                 nonce = new_nonce()
                 answer = proof(invitation.token, "agent", theirs)
                 wire.send("hello", proof=answer, nonce=nonce, node=self._node, job=self._job, problems=self._problems)
-                welcome = _next(wire)
+                welcome = wire.first(KNOCK)
                 if welcome is not None and proves(welcome, invitation.token, "supervisor", nonce):
                     self.tolerance = float(welcome["patience"])
                     return wire
@@ -223,10 +223,6 @@ class _Passed:
             self._wire.send("output", text=text, stderr=to_stderr)
 
 
-def _next(wire: Wire) -> Message | None:
-    return next(iter(wire.receive(KNOCK)), None)
-
-
 def _is_dead(run_dir: Path, invitation: Invitation, wait: float) -> bool:
     """Whether the supervisor's pulse stops for ``wait`` seconds. Else it is only the way to it that is cut."""
     pulse = Pulse(run_dir)
@@ -243,7 +239,7 @@ def _is_mine(run_dir: Path, invitation: Invitation, node: str) -> bool:
 
     Not simply the one with the lowest name: that is most often on the host that died with the supervisor.
     """
-    path = run_dir / f"launch/orphaned-{invitation.token[:8]}"
+    path = run_dir / f"launch/orphaned-{hashlib.sha256(invitation.token.encode()).hexdigest()[:8]}"
     try:
         with path.open("x") as file:
             file.write(f"{node}\n")

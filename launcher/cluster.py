@@ -9,8 +9,8 @@ class Cluster(Protocol):
     """Gives nodes, takes wishes for more, and starts the run again later.
 
     Agents come to the supervisor by themselves, with what RUN/launch/supervisor.json tells them; the cluster only has to
-    start them. :func:`launcher.supervise.supervise` calls all methods from one thread of its own, one after the other,
-    so that a slow answer holds nothing up; an exception is said in the log and changes nothing else.
+    start them. Methods are called one after the other. ``ask_for_nodes`` and ``exclude`` are called from a thread of
+    their own, so that a slow answer holds nothing up; an exception there is said in the log and changes nothing else.
 
     Attributes:
         job: name of the allocation that the supervisor runs in. Agents that say the same job belong to it: when one of

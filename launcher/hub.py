@@ -12,9 +12,8 @@ from pathlib import Path
 from launcher.invitation import Invitation, Pulse
 from launcher.output import Terminal
 from launcher.placement import own_addresses
-from launcher.wire import Message, Wire, new_nonce, proof, proves
+from launcher.wire import BEAT, Message, Wire, new_nonce, proof, proves
 
-BEAT = 1.0  # seconds between signs of life, in both directions
 GREETING = 10.0  # seconds that a newcomer has to prove itself
 NEWCOMERS = 64  # at a time; more are turned away, so that strangers cannot use up our file descriptors
 NAME = re.compile(r"[A-Za-z0-9._-]{1,255}")
@@ -76,19 +75,20 @@ class Hub:
     def poll(self, seconds: float) -> None:
         """Take in what comes within ``seconds``; returns at once when something does."""
         wires = {node.wire: node for node in self.nodes.values()}
-        readable = select.select([self._listener, *wires, *self._newcomers], [], [], seconds)[0]
-        for source in readable:
-            if source is self._listener:
-                self._accept()
-            elif source in wires:
+        sources: list[Wire | socket.socket] = [self._listener, *wires, *self._newcomers]
+        for source in select.select(sources, [], [], seconds)[0]:
+            if source in wires:
                 for message in source.receive(0):
                     self._take(wires[source], message)
             elif source in self._newcomers:
                 self._greet(source)
+            else:
+                self._accept()
         now = time.monotonic()
         for wire, (_, since) in list(self._newcomers.items()):
             if wire.closed or now - since > GREETING:
-                self._turn_away(wire)
+                wire.close("turned away")
+                del self._newcomers[wire]
         for node in list(self.nodes.values()):
             if node.wire.closed:
                 self._lose(node, f"its agent {node.wire.closed}")
@@ -114,11 +114,16 @@ class Hub:
         return theirs
 
     def refuse(self, name: str, why: str) -> None:
-        """This node takes no part any more, also when it comes again."""
+        """The node of this name takes no part any more, also when it comes again."""
         self._refused[name] = why
         if node := self.nodes.get(name):
             node.wire.send("refused", why=why)
             self._lose(node, why)
+
+    def dismiss(self, node: Node, why: str) -> None:
+        """This node's agent is to end; another of that name is welcome."""
+        node.wire.send("bye")
+        self._lose(node, why)
 
     def close(self) -> None:
         """Dismiss all agents, which end their ranks; nobody finds this supervisor any more."""
@@ -143,26 +148,29 @@ class Hub:
 
     def _greet(self, wire: Wire) -> None:
         nonce, _ = self._newcomers[wire]
-        for message in wire.receive(0)[:1]:
-            token, name, theirs = self._invitation.token, message.get("node"), message.get("nonce")
-            problems = message.get("problems")
-            if message["verb"] != "hello" or not proves(message, token, "agent", nonce) or not isinstance(theirs, str):
-                self._turn_away(wire)
-            elif not isinstance(name, str) or not NAME.fullmatch(name) or not isinstance(problems, list):
-                self._turn_away(wire)
-            else:
-                del self._newcomers[wire]
-                # Sooner than we give up on it: then its ranks have ended before the next attempt begins.
-                wire.send("welcome", proof=proof(token, "supervisor", theirs), patience=self._timeout * 2 / 3)
-                node = Node(name, str(message.get("job", "")), [str(each) for each in problems], wire)
-                if name in self._refused:
-                    wire.send("refused", why=self._refused[name])
-                    wire.close("refused")
-                    return
-                if name in self.nodes:
-                    self._lose(self.nodes[name], "its agent was started again")
-                self.nodes[name] = node
-                self.news.append(("joined", node))
+        message = wire.first(0)
+        if message is None:  # not all of it is there yet
+            return
+        del self._newcomers[wire]
+        match message:
+            case {"verb": "hello", "node": str(name), "job": str(job), "nonce": str(theirs), "problems": list(problems)}:
+                known = proves(message, self._invitation.token, "agent", nonce) and NAME.fullmatch(name)
+            case _:
+                known = None
+        if not known:
+            wire.close("turned away")
+            return
+        answer = proof(self._invitation.token, "supervisor", theirs)
+        # Sooner than we give up on it: then its ranks have ended before the next attempt begins.
+        wire.send("welcome", proof=answer, patience=self._timeout * 2 / 3)
+        if name in self._refused:
+            wire.send("refused", why=self._refused[name])
+            wire.close("refused")
+            return
+        if name in self.nodes:
+            self._lose(self.nodes[name], "its agent was started again")
+        self.nodes[name] = Node(name, job, [str(each) for each in problems], wire)
+        self.news.append(("joined", self.nodes[name]))
 
     def _take(self, node: Node, message: Message) -> None:
         match message:
@@ -180,7 +188,3 @@ class Hub:
         node.wire.close(why)
         del self.nodes[node.name]
         self.news.append(("lost", node))
-
-    def _turn_away(self, wire: Wire) -> None:
-        wire.close("turned away")
-        del self._newcomers[wire]

@@ -21,7 +21,7 @@ def asked_to_stop(ranks: RankGroup) -> bool:
     return not _ASKED.isdisjoint(ranks.ended().values())
 
 
-def stop_ranks(ranks: RankGroup, caught: list[int], grace: float, terminal: Terminal) -> bool:
+def stop_ranks(ranks: RankGroup, caught: list[int], grace: float, terminal: Terminal, why: str | None = None) -> bool:
     """Ask all ranks to save and end, and wait for it, at most ``grace`` seconds and until Ctrl-C comes on top.
 
     Only SIGINT is a person who does not want to wait. A batch system sends SIGUSR1, later SIGTERM, and a session that ends
@@ -30,7 +30,9 @@ def stop_ranks(ranks: RankGroup, caught: list[int], grace: float, terminal: Term
     Returns:
         Whether all have ended by themselves.
     """
-    if caught:
+    if why is not None:
+        terminal.say(f"{why}: the ranks save and stop, to go on with other nodes")
+    elif caught:
         terminal.say(f"{signal_name(caught[0])}: the ranks save and stop; Ctrl-C now ends them at once")
     else:
         terminal.say("a rank was asked to stop: all save and stop")

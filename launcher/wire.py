@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 LONGEST = 1 << 16  # bytes of a message; the largest are pieces of rank 0's output
+BEAT = 1.0  # seconds between signs of life, in both directions
 SENDING = 5.0  # seconds; a peer that takes in nothing for so long is as good as gone
 
 Message = dict[str, Any]
@@ -39,6 +40,7 @@ class Wire:
         self.heard = time.monotonic()
         self.addresses: tuple[str, str] = connection.getsockname()[0], connection.getpeername()[0]
         self._socket, self._lock, self._received = connection, threading.Lock(), b""
+        self._unread: list[Message] = []
 
     def fileno(self) -> int:
         """For ``select``; not after the end."""
@@ -57,22 +59,33 @@ class Wire:
 
     def receive(self, seconds: float) -> list[Message]:
         """The messages that are there, or that come within ``seconds``; may be none."""
+        if not self._unread:
+            self._read(seconds)
+        messages, self._unread = self._unread, []
+        return messages
+
+    def first(self, seconds: float) -> Message | None:
+        """The next message alone; None when none comes within ``seconds``."""
+        if not self._unread:
+            self._read(seconds)
+        return self._unread.pop(0) if self._unread else None
+
+    def _read(self, seconds: float) -> None:
         if self.closed:
-            return []
+            return
         try:
             if not select.select([self._socket], [], [], seconds)[0]:
-                return []
+                return
             data = self._socket.recv(1 << 16)
         except (OSError, ValueError) as error:
             self.close(f"cannot be read from ({error})")
-            return []
+            return
         if not data:
             self.close("closed its connection")
-            return []
+            return
         *lines, self._received = (self._received + data).split(b"\n")
         if len(self._received) > LONGEST:
             self.close("sent a message that is too long")
-        messages = []
         for line in lines:
             try:
                 message = json.loads(line)
@@ -80,10 +93,9 @@ class Wire:
                     raise TypeError
             except (ValueError, TypeError, KeyError, RecursionError):
                 self.close("sent what is no message")
-                break
-            messages.append(message)
+                return
+            self._unread.append(message)
             self.heard = time.monotonic()
-        return messages
 
     def close(self, why: str) -> None:
         """End the connection; the first reason stays."""
