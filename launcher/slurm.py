@@ -81,7 +81,6 @@ class SlurmCluster:
         if again == "chain" and self._next is not None:
             self._goes_on = True
         elif again == "requeue":
-            # All processes of this job, this one included, get SIGTERM at once.
             requeue(self.job, self._run_dir, self._settings)
             self._goes_on = True
         return self._goes_on
@@ -253,6 +252,7 @@ def requeue(job: str, run_dir: Path, settings: Config) -> None:
     if excluded := _excluded(settings, run_dir):
         changed.append(f"ExcNodeList={','.join(excluded)}")
     with _without_sigterm():
+        # All processes of the job get SIGTERM at once, this one included.
         slurm(["scontrol", "requeue", job])
         # SLURM changes jobs that wait only. So this is done now, in the seconds that it leaves between SIGTERM and SIGKILL.
         slurm(["scontrol", "update", f"JobId={job}", *changed])
@@ -275,12 +275,13 @@ def orphaned(run_dir: Path, settings: Config) -> None:
 
 @contextlib.contextmanager
 def _without_sigterm() -> Iterator[None]:
-    """Commands that are started now live through the SIGTERM that they cause."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    """This process, and commands that it starts, live on through the SIGTERM that they cause; for good if all went well."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    except BaseException:
+        signal.signal(signal.SIGTERM, before)
+        raise
 
 
 def _excluded(settings: Config, run_dir: Path) -> list[str]:

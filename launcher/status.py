@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launcher.history import read_events, recoveries
 from launcher.progress import run_state
 from launcher.request import FOLDER, Request, excluded_nodes
 from launcher.submission import living_jobs
@@ -22,7 +24,8 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     Returns:
         ``run`` (folder), ``jobs`` (id -> kind, state, nodes, elapsed, limit, reason; those in the queue), ``queue`` (why
         SLURM could not be asked, or null), ``step``, ``steps``, ``saved`` (step of the newest checkpoint), ``excluded``
-        (node -> reason), ``supervisor`` (what state.json in RUN/launch says, or null), ``events`` (those of events.jsonl).
+        (node -> reason), ``supervisor`` (what state.json in RUN/launch says, or null), ``events`` (those of events.jsonl),
+        ``recoveries`` (kind, seconds and step of each way from a fault to the first new step).
 
     Raises:
         UserError: nothing was launched there.
@@ -44,7 +47,8 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         "saved": progress.saved,
         "excluded": excluded_nodes(run_dir),
         "supervisor": _state(run_dir),
-        "events": _events(run_dir),
+        "events": read_events(run_dir),
+        "recoveries": [dataclasses.asdict(recovery) for recovery in recoveries(run_dir)],
     }
 
 
@@ -52,23 +56,30 @@ def as_text(status: dict[str, Any], events: int) -> str:
     """For people: the job, how far it is, its nodes, the last ``events`` events."""
     state = status["supervisor"] or {}
     over = not status["jobs"] and status["queue"] is None
-    rows = [("run", status["run"])]
-    rows += [
+    head = [("run", status["run"])]
+    head += [
         ("job" if job["kind"] == "run" else f"{job['kind']} job", _job(id_, job)) for id_, job in status["jobs"].items()
     ]
     if status["queue"] is not None:
-        rows.append(("job", f"unknown: {status['queue']}"))
+        head.append(("job", f"unknown: {status['queue']}"))
     elif over:
-        rows.append(("job", "none of this run is in the queue"))
-    rows.append(("step", f"{status['step']:,} of {status['steps']:,}, saved up to {status['saved']:,}"))
+        head.append(("job", "none of this run is in the queue"))
+    head.append(("step", f"{status['step']:,} of {status['steps']:,}, saved up to {status['saved']:,}"))
     if state:
-        last = "; the last that was heard of it" if over and state.get("phase") not in ("done", "stopped", "failed") else ""
-        rows.append(("phase", f"{state.get('phase', '-')}, attempt {state.get('attempt', '-')}{last}"))
-        rows.append(("layout", state.get("layout") or "-"))
-    rows += [("left out", f"{node}: {why}") for node, why in status["excluded"].items()]
-    text = [f"{label:<11}{value}" for label, value in rows]
+        last = (
+            "; the last that was heard of it"
+            if over and state.get("phase") not in ("done", "stopped", "again", "failed")
+            else ""
+        )
+        head.append(("phase", f"{state.get('phase', '-')}, attempt {state.get('attempt', '-')}{last}"))
+        head.append(("layout", state.get("layout") or "-"))
+    head += [("left out", f"{node}: {why}") for node, why in status["excluded"].items()]
+    text = [f"{label:<11}{value}" for label, value in head]
     if nodes := state.get("nodes"):
         text += ["", *_table(("node", "address", "state", "job", "since"), [_node(node) for node in nodes])]
+    if recoveries := status["recoveries"]:
+        rows = [[each["kind"], f"{each['seconds']:.1f} s", str(each["step"])] for each in recoveries]
+        text += ["", *_table(("recovery", "took", "to step"), rows)]
     if events and status["events"]:
         text += [
             "",
@@ -88,12 +99,18 @@ def _node(node: dict[str, Any]) -> list[str]:
 
 
 def _event(event: dict[str, Any]) -> list[str]:
-    shown = [_clock(event.get("time"))]
-    return (
-        shown
-        + ["-" if event.get(key) is None else str(event[key]) for key in ("event", "node", "step")]
-        + [str(event.get("detail") or "")]
-    )
+    detail = event["detail"]
+    if event["event"] == "attempt":
+        text = f"{detail['attempt']} ({detail['kind']}) on {', '.join(detail['nodes'])}: {detail['layout']}"
+    else:
+        text = ", ".join(f"{key} {value}" for key, value in detail.items() if value is not None)
+    return [
+        _clock(event["time"]),
+        event["event"],
+        event["node"] or "-",
+        "-" if event["step"] is None else str(event["step"]),
+        text,
+    ]
 
 
 def _clock(when: object) -> str:
@@ -110,13 +127,3 @@ def _state(run_dir: Path) -> dict[str, Any] | None:
         content: dict[str, Any] = json.loads((run_dir / FOLDER / "state.json").read_text(encoding="utf-8"))
         return content
     return None
-
-
-def _events(run_dir: Path) -> list[dict[str, Any]]:
-    """The events; a line under way at this moment is left for the next look."""
-    found = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in (run_dir / FOLDER / "events.jsonl").read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-    return found

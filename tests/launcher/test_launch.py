@@ -242,14 +242,14 @@ def test_status_shows_job_nodes_and_events(slurm: Path, say: Say) -> None:
     nodes = [{"name": "n1", "address": "10.0.0.1", "state": "working", "job": "4711", "since": 1.8e9}]
     state = {"job": "4711", "phase": "training", "attempt": 2, "layout": "2 ranks", "nodes": nodes, "since": 1.8e9}
     (run / "launch/state.json").write_text(json.dumps(state))
-    events = [{"time": 1.8e9, "event": "lost", "node": "n2", "step": 7, "detail": "no sign of life for 15 s"}]
+    events = [{"time": 1.8e9, "event": "lost", "node": "n2", "step": None, "detail": {"why": "no sign of life"}}]
     (run / "launch/events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"time": 1')
     (run / "metrics.jsonl").write_text('{"step": 7}\n')
     exclude_node(run, "n3", "its GPU is gone")
     out = say("status", "runs/tiny")[1]
     for part in ("running on n[1-2] for 1:00 of 1:00:00", "7 of 10, saved up to 0", "attempt 2", "n3: its GPU is gone"):
         assert part in out
-    assert "10.0.0.1  working  4711" in out and "lost   n2    7     no sign of life for 15 s" in out
+    assert "10.0.0.1  working  4711" in out and "lost   n2    -     why no sign of life" in out
     found = json.loads(say("status", "runs/tiny", "--json")[1])
     assert found["jobs"]["4711"]["state"] == "RUNNING" and found["events"] == events and found["supervisor"] == state
 
