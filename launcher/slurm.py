@@ -22,6 +22,7 @@ from megamoe.errors import UserError
 
 LOOK_EVERY = 15.0  # seconds between looks at the queue while nodes are wished for; sites ask not to do it more often
 AGENT_SECONDS = 60.0  # in which an agent that was started has come; then it counts as absent
+AGENTS_END = 5.0  # seconds
 _WAITING = ("PENDING", "CONFIGURING")
 
 
@@ -105,13 +106,21 @@ class SlurmCluster:
             self._wish = 0
             over = list(noted_jobs(self._run_dir, ["helper"] if self._goes_on else ["helper", "next"]))
             self._cancel(over)
-        for agents in self._agents:
-            agents.terminate()
-        for agents in self._agents:
-            try:
-                agents.wait(10)
-            except subprocess.TimeoutExpired:  # a step of a lost node waits for it
-                agents.kill()
+        # They have been told that the run is over. Where a node is lost, srun goes on waiting for it.
+        if not self._ended(AGENTS_END):
+            for agents in self._agents:
+                agents.terminate()
+            if not self._ended(AGENTS_END):
+                for agents in self._agents:
+                    agents.kill()
+
+    def _ended(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while any(agents.poll() is None for agents in self._agents):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
 
     def _look(self) -> None:
         """Keep at it while nodes are wished for: helper jobs end, are cancelled, come with fewer nodes than asked."""

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,10 @@ def as_text(status: dict[str, Any], events: int) -> str:
             if over and state.get("phase") not in ("done", "stopped", "again", "failed")
             else ""
         )
-        head.append(("phase", f"{state.get('phase', '-')}, attempt {state.get('attempt', '-')}{last}"))
-        head.append(("layout", state.get("layout") or "-"))
+        attempt = "" if state["attempt"] is None else f", attempt {state['attempt']}"
+        head.append(("phase", f"{state['phase']}{attempt}{last}"))
+        if state["layout"]:
+            head.append(("layout", state["layout"]))
     head += [("left out", f"{node}: {why}") for node, why in status["excluded"].items()]
     text = [f"{label:<11}{value}" for label, value in head]
     if nodes := state.get("nodes"):
@@ -103,7 +106,7 @@ def _event(event: dict[str, Any]) -> list[str]:
     if event["event"] == "attempt":
         text = f"{detail['attempt']} ({detail['kind']}) on {', '.join(detail['nodes'])}: {detail['layout']}"
     else:
-        text = ", ".join(f"{key} {value}" for key, value in detail.items() if value is not None)
+        text = ", ".join(f"{key} {_counted(value)}" for key, value in detail.items() if value not in (None, ""))
     return [
         _clock(event["time"]),
         event["event"],
@@ -111,6 +114,13 @@ def _event(event: dict[str, Any]) -> list[str]:
         "-" if event["step"] is None else str(event["step"]),
         text,
     ]
+
+
+def _counted(value: object) -> str:
+    """Of the exit statuses of many ranks: how often each."""
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{status} of {count} ranks" for status, count in Counter(value.values()).items())
 
 
 def _clock(when: object) -> str:
