@@ -12,6 +12,19 @@ from launcher.slurm_tools import outside_job, records, slurm
 from megamoe.config.schema import Config, LaunchConfig
 from megamoe.errors import UserError
 
+# What SLURM says, and the settings that it means.
+_ABOUT = {
+    "feature specification": " (launch.slurm.constraint)",
+    "reservation": " (launch.slurm.reservation)",
+    "Invalid node name": " (launch.slurm.exclude)",
+    "generic resource": " (launch.gpus_per_node; `sinfo -o '%P %G'` shows what each partition has)",
+    "node configuration is not available": " (launch.slurm.cpus_per_node, launch.slurm.memory, launch.gpus_per_node or "
+    "launch.slurm.exclude leave too few nodes; `sinfo -o '%P %D %c %m %G'` shows what there is)",
+    "qos": " (launch.slurm.qos)",
+    "account": " (launch.slurm.account)",
+    "unrecognized option": " (launch.slurm.extra)",
+}
+
 
 def check_settings(launch: LaunchConfig) -> None:
     """Settings that contradict each other; needs no SLURM.
@@ -50,7 +63,8 @@ def check_cluster(settings: Config, script: str, options: Sequence[str]) -> None
     try:
         slurm(["sbatch", "--test-only"], script, outside_job(options))
     except UserError as error:
-        raise UserError(f"SLURM would not take the job: {error}") from error
+        about = next((keys for words, keys in _ABOUT.items() if words in str(error)), "")
+        raise UserError(f"SLURM would not take the job: {error}{about}") from error
 
 
 def _check_partition(launch: LaunchConfig) -> None:
