@@ -35,7 +35,7 @@ def job_options(settings: Config, run_dir: Path, workdir: Path, excluded: Collec
         # Without --ntasks-per-node, with which SLURM never gives more than the fewest nodes of a range.
         (
             f"{counted}. Each gets one task, the agent, which starts its ranks.",
-            [f"--nodes={node_range(launch, launch.nodes)}"],
+            [f"--nodes={node_range(launch)}"],
         ),
         *_node(settings),
         *_time(slurm),
@@ -50,8 +50,12 @@ def job_options(settings: Config, run_dir: Path, workdir: Path, excluded: Collec
     ]
 
 
-def node_range(launch: LaunchConfig, fewest: int) -> str:
-    """The nodes to ask for: SLURM starts the job as soon as ``fewest`` are free, with as many as it can give then."""
+def node_range(launch: LaunchConfig, again: bool = False) -> str:
+    """The nodes to ask for. SLURM starts the job when the fewest are free, with as many as it can give then.
+
+    A first start waits for ``launch.nodes``; one ``again`` for no more than ``launch.min_nodes``, if that is set.
+    """
+    fewest = (launch.min_nodes if again else None) or launch.nodes
     most = launch.nodes + launch.spares
     return str(fewest) if fewest == most else f"{fewest}-{most}"
 

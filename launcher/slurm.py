@@ -14,7 +14,6 @@ from pathlib import Path
 
 from launcher import durations
 from launcher.batch_script import agents_command, helper_options, helper_script, node_range
-from launcher.layouts import team_sizes
 from launcher.request import FOLDER, exclude_node, excluded_nodes, forget_job, note_job, noted_jobs
 from launcher.slurm_tools import expand, outside_job, slurm
 from megamoe.config.schema import Config
@@ -226,7 +225,7 @@ class SlurmCluster:
     def _queue_next(self) -> None:
         script = self._run_dir / FOLDER / "job.sh"
         options = [f"--dependency=afternotok:{self.job}", "--kill-on-invalid-dep=yes"]
-        options.append(f"--nodes={node_range(self._settings.launch, min(team_sizes(self._settings)))}")
+        options.append(f"--nodes={node_range(self._settings.launch, again=True)}")
         if excluded := _excluded(self._settings, self._run_dir):
             options.append(f"--exclude={','.join(excluded)}")
         try:
@@ -250,21 +249,25 @@ class SlurmCluster:
 
 
 def requeue(job: str, run_dir: Path, settings: Config) -> None:
-    """Let SLURM start ``job`` again, on fewer nodes if it has no more, and on none that the run has excluded.
+    """Let SLURM start ``job`` again, with ``launch.min_nodes`` if it has no more, and on none that the run has excluded.
 
     Works from any process of the job, too.
 
     Raises:
         UserError: SLURM does not allow it.
     """
-    changed = [f"NumNodes={node_range(settings.launch, min(team_sizes(settings)))}"]
+    changed = []
+    if settings.launch.min_nodes is not None:
+        # Of root SLURM takes this for an order, and gives the fewest; a user gets as many as are free.
+        changed.append(f"NumNodes={node_range(settings.launch, again=True)}")
     if excluded := _excluded(settings, run_dir):
         changed.append(f"ExcNodeList={','.join(excluded)}")
     with _without_sigterm():
         # All processes of the job get SIGTERM at once, this one included.
         slurm(["scontrol", "requeue", job])
         # SLURM changes jobs that wait only. So this is done now, in the seconds that it leaves between SIGTERM and SIGKILL.
-        slurm(["scontrol", "update", f"JobId={job}", *changed])
+        if changed:
+            slurm(["scontrol", "update", f"JobId={job}", *changed])
 
 
 def orphaned(run_dir: Path, settings: Config) -> None:
