@@ -21,7 +21,7 @@ COUNT = click.IntRange(min=1)
 # Each is the setting of the same name in launch or launch.slurm.
 _OPTIONS = (
     click.option("--nodes", type=COUNT, help="Nodes at work, when there are as many.  [default: 1]"),
-    click.option("--min-nodes", type=COUNT, help="Go on with as few.  [default: see docs/config.md]"),
+    click.option("--min-nodes", type=COUNT, help="Go on with as few.  [default: as few as a layout fits]"),
     click.option("--spares", type=click.IntRange(min=0), help="Nodes that stand by.  [default: 0]"),
     click.option("--gpus-per-node", type=click.IntRange(min=0), help="GPUs, one rank each.  [default: 0, on the CPU]"),
     click.option("--ranks-per-node", type=COUNT, help="Ranks.  [default: one per GPU, or one]"),
