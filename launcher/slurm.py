@@ -103,8 +103,10 @@ class SlurmCluster:
         self._closed.set()
         with self._lock:
             self._wish = 0
-            over = list(noted_jobs(self._run_dir, ["helper"] if self._goes_on else ["helper", "next"]))
-            self._cancel(over)
+            try:
+                self._cancel(list(noted_jobs(self._run_dir, ["helper"] if self._goes_on else ["helper", "next"])))
+            except UserError as error:  # how the run ended does not depend on it
+                self._say(f"jobs of this run may be left in the queue: {error}")
         # They have been told that the run is over. Where a node is lost, srun goes on waiting for it.
         if not self._ended(AGENTS_END):
             for agents in self._agents:
