@@ -18,6 +18,7 @@ from pathlib import Path
 
 from launcher.group import POLL
 from launcher.guard import Guard
+from launcher.history import is_over
 from launcher.invitation import Invitation, Pulse, read_invitation
 from launcher.placement import Place, environment, numa_nodes, share_cores
 from launcher.ranks import Ranks, caught_signals
@@ -57,13 +58,14 @@ def run_agent(
     Raises:
         UserError: RUN/launch/supervisor.json belongs to another user.
     """
+    run_dir = run_dir.absolute()
     agent = _Agent(run_dir, node, job, command, list(checks()))
     with Guard() as guard, caught_signals() as caught:
         known: Invitation | None = None
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline and not caught:
             invitation = read_invitation(run_dir)
-            if invitation is None and known is not None:
+            if invitation is None and (known is not None or is_over(run_dir)):
                 _say(node, "the run is over")
                 return 0
             if invitation is None or (wire := agent.join(invitation)) is None:
@@ -171,6 +173,7 @@ class _Agent:
         base = os.environ | {"MEGAMOE_TERMINAL": "0"}
         variables = {rank: environment(base, place, local, cores[local]) for local, rank in enumerate(numbers)}
         try:
+            os.chdir(message["workdir"])  # paths in the config may be relative
             # The supervisor made it, which this node's view of the shared file system may not show yet.
             folder.mkdir(parents=True, exist_ok=True)
             cpus = dict(zip(numbers, shares, strict=True)) if shares else None
