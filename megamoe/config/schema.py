@@ -326,8 +326,8 @@ class LaunchConfig(Section):
     nodes: PositiveInt = Field(1, description="Nodes at work, when there are as many (`megamoe launch`).")
     min_nodes: PositiveInt | None = Field(
         None,
-        description="Fewest nodes to go on with when some are lost; if set, a run that is started again waits for no more.  "
-        "None: as few as a layout fits.",
+        description="Fewest nodes to go on with when some are lost; if set, a run that is started again waits for no more. "
+        " None: as few as a layout fits.",
     )
     spares: Count = Field(0, description="Nodes on top of those at work that stand by to take the place of a lost one.")
     ranks_per_node: PositiveInt | None = Field(
