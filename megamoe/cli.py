@@ -17,6 +17,7 @@ import click
 
 from megamoe import __version__
 from megamoe.commands.checkpoint import checkpoint
+from megamoe.commands.launch import launch
 from megamoe.errors import UserError
 from megamoe.statuses import FAILED, REQUEST_IS_WRONG
 
@@ -45,11 +46,13 @@ def megamoe() -> None:
 def train(ctx: click.Context, config: Path, overrides: tuple[str, ...], nproc: int | None, resume: str) -> None:
     """Train as CONFIG says, with settings changed by KEY=VALUE.
 
-    Starts and supervises local processes: when one dies, all go on from the last checkpoint. Started by torchrun (or
-    anything else that sets RANK and WORLD_SIZE), it is that rank.
+    Starts and supervises local processes: when one dies, all go on from the last checkpoint. Started by torchrun, by
+    srun with a task per rank or by mpirun, it is one of these ranks.
     """
+    from launcher.environment import rank_environment
     from megamoe.config import load_config
 
+    os.environ.update(rank_environment(os.environ))
     settings = load_config(config, overrides)
     if _is_rank():
         if nproc is not None and nproc != int(os.environ["WORLD_SIZE"]):
@@ -154,6 +157,7 @@ def demo(ctx: click.Context) -> None:
 
 
 megamoe.add_command(checkpoint)
+megamoe.add_command(launch)
 
 
 @megamoe.group()

@@ -62,11 +62,13 @@ def test_help_imports_nothing_that_takes_long(tmp_path: Path) -> None:
 def test_help_names_every_verb(tmp_path: Path) -> None:
     answer = megamoe("--help", cwd=tmp_path)
     assert answer.returncode == 0
-    for verb in ("train", "eval", "generate", "report", "plan", "checkpoint", "bench", "demo", "data"):
+    for verb in ("train", "eval", "generate", "report", "plan", "checkpoint", "launch", "bench", "demo", "data"):
         assert f"  {verb} " in answer.stdout
 
 
-@pytest.mark.parametrize("verb", ["train", "eval", "generate", "report", "plan", "checkpoint", "bench", "demo", "data"])
+@pytest.mark.parametrize(
+    "verb", ["train", "eval", "generate", "report", "plan", "checkpoint", "launch", "bench", "demo", "data"]
+)
 def test_every_verb_has_help(verb: str, tmp_path: Path) -> None:
     answer = megamoe(verb, "--help", cwd=tmp_path)
     assert answer.returncode == 0 and "Usage: megamoe " + verb in answer.stdout

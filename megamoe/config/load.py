@@ -14,6 +14,16 @@ from pydantic import BaseModel, ValidationError
 from megamoe.config.schema import Config
 from megamoe.errors import UserError
 
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 but for numbers to the base 60, as in YAML 1.2: 24:00:00 is a time limit, not 86400."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, re.compile(r"(?!.*:)" + known.pattern, known.flags) if tag.endswith((":int", ":float")) else known)
+            for tag, known in resolvers]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}  # fmt: skip
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -29,7 +39,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}: cannot be read ({error})") from error
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         where = " ".join(str(error).split())
         raise UserError(f"config {path}: not valid YAML ({where})") from error
@@ -70,7 +80,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"override {override!r}: write it as KEY=VALUE, for example train.steps=100")
     try:
-        value = yaml.safe_load(text) if text else None
+        value = yaml.load(text, _Loader) if text else None
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML ({' '.join(str(error).split())})") from None
     if isinstance(value, str) and _EXPONENT.fullmatch(value):  # YAML 1.1 reads 1e-3 as text

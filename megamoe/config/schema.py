@@ -326,6 +326,8 @@ class MetricsConfig(Section):
 class SlurmConfig(Section):
     """What `megamoe launch slurm` asks of SLURM; the names are those of sbatch. An option of the command wins."""
 
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # account: 4711, time: 90
+
     partition: str | None = Field(None, description="Partition.  None: the site's default.")
     account: str | None = Field(None, description="Account to charge.")
     qos: str | None = Field(None, description="Quality of service.")
@@ -334,6 +336,9 @@ class SlurmConfig(Section):
     exclude: str | None = Field(None, description="Nodes never to use.")
     reservation: str | None = Field(None, description="Reservation.")
     container: str | None = Field(None, description="Image to run in, for sites with pyxis (--container-image).")
+    container_mounts: list[str] = Field(
+        [], description="Further FOLDER:FOLDER_INSIDE for the container; the run's and the working folder are always there."
+    )
     cpus_per_node: PositiveInt | None = Field(None, description="CPUs of each node.  None: all, the node is ours alone.")
     memory: str | None = Field(None, description="Memory of each node, such as 500G.  None: all of it.")
     # Twice the grace, so that a save under way and one more step with its save fit in.
@@ -365,7 +370,9 @@ class LaunchConfig(Section):
     )
     nodes: PositiveInt = Field(1, description="Nodes at work, when there are as many (`megamoe launch`).")
     min_nodes: PositiveInt | None = Field(
-        None, description="Fewest nodes to go on with when some are lost.  None: as few as a layout fits."
+        None,
+        description="Fewest nodes to go on with when some are lost; if set, a run that is started again waits for no more. "
+        " None: as few as a layout fits.",
     )
     spares: Count = Field(0, description="Nodes on top of those at work that stand by to take the place of a lost one.")
     ranks_per_node: PositiveInt | None = Field(

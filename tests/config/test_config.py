@@ -83,3 +83,12 @@ def test_1b_is_a_billion_parameters_and_sparse() -> None:
 def test_the_reference_page_is_that_of_the_config() -> None:
     page = (ROOT / "docs/config.md").read_text()
     assert page == reference_page(), "run: python -m megamoe.config.reference > docs/config.md"
+
+
+@pytest.mark.parametrize("time", ["24:00:00", "90", "1-00:00:00", "30:00"])
+def test_a_time_limit_is_what_is_written(time: str, tmp_path: Path) -> None:
+    """YAML 1.1 would read 24:00:00 as 86400, in which SLURM sees minutes."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"launch: {{slurm: {{time: {time}}}}}\n")
+    assert load_config(path).launch.slurm.time == time
+    assert load_config(path, [f"launch.slurm.time={time}"]).launch.slurm.time == time
