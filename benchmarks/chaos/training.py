@@ -20,6 +20,7 @@ from tests.training import ROOT
 
 HOOK = Path(__file__).parent / "hook"
 PATIENCE = 180.0  # seconds that any moment may take to come, on a machine with other work
+_HIDE = ["unshare", "--mount", "sh", "-c"]
 
 
 class Missed(Exception):
@@ -34,9 +35,19 @@ class Training:
         run: Folder of the run.
         settings: Settings for the command line.
         variables: Environment of all processes of the trial; by CHAOS_TRIAL they are known.
+        shared_memory: A folder that they see as /dev/shm, so that what is left there is known to be theirs; None where
+            :func:`can_hide` says no.
     """
 
-    def __init__(self, folder: Path, run: Path, settings: tuple[str, ...], variables: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        run: Path,
+        settings: tuple[str, ...],
+        variables: Mapping[str, str],
+        shared_memory: Path | None = None,
+    ) -> None:
+        self.shared_memory = shared_memory
         self.folder, self.run, self._settings = folder, run, settings
         self._environment = os.environ | {"PYTHONPATH": f"{HOOK}:{ROOT}", "OMP_NUM_THREADS": "1"} | dict(variables)
         self.token = self._environment["CHAOS_TRIAL"]
@@ -54,6 +65,9 @@ class Training:
         """Start the launcher under a layout; the one before has ended."""
         ranks, overrides = LAYOUTS[layout]
         command = [sys.executable, "-m", "megamoe", "train", "config.yaml", "--nproc", str(ranks), "--resume", "auto"]
+        if self.shared_memory is not None:
+            # Each of these replaces the one before: the launcher has the process id that is killed.
+            command = [*_HIDE, 'mount --bind "$0" /dev/shm && exec "$@"', str(self.shared_memory), *command]
         self._from_attempt = self._attempt() + 1
         with self.said.open("ab") as said:
             said.write(f"--- {layout}\n".encode())
@@ -169,3 +183,11 @@ class Training:
             step = self.last_step(of_attempt=False)
             if not self.history or self.history[-1][1] != step:
                 self.history.append((time.time(), step))
+
+
+def can_hide() -> bool:
+    """Whether a process here may have a /dev/shm of its own."""
+    try:
+        return subprocess.run([*_HIDE, "mount --bind /dev/shm /dev/shm"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False

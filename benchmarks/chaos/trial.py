@@ -7,16 +7,17 @@ import shutil
 import signal
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 from benchmarks.chaos.disk import SmallDisk, unmount
-from benchmarks.chaos.leftovers import leftovers, shared_memory
+from benchmarks.chaos.leftovers import leftovers
 from benchmarks.chaos.plan import Fault, Plan
-from benchmarks.chaos.training import Missed, Training
+from benchmarks.chaos.training import Missed, Training, can_hide
 from benchmarks.chaos.truth import Truth, differences, truth_of
 from megamoe.checkpoint.verify import verify_checkpoint
 from megamoe.statuses import STOPPED
@@ -65,15 +66,17 @@ def run_trial(folder: Path, plan: Plan) -> Result:
     result = Result(plan.seed, plan.words(), plan.kinds)
     truth = truth_of(folder, plan.layout, plan.lasting is not None)
     result.undisturbed = truth.seconds
-    shm = shared_memory()
     # Paths of sockets are short, those of a test's folder are not.
-    with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as temporary:
-        trial = _Trial(plan, folder, run, truth, Path(temporary), result)
+    with _temporary(None) as temporary, _temporary("/dev/shm") as shared:
+        hidden = can_hide()
+        if not hidden:
+            result.notes.append("no mount namespaces here: what is left in /dev/shm is not looked at")
+        trial = _Trial(plan, folder, run, truth, temporary, shared if hidden else None, result)
         try:
             trial.run()
             result.problems += differences(plan, run, truth.run)
             result.problems += trial.damaged()
-            result.problems += leftovers(trial.training, shm)
+            result.problems += leftovers(trial.training)
         except Missed as missed:
             result.problems.append(str(missed))
         finally:
@@ -91,10 +94,18 @@ def run_trial(folder: Path, plan: Plan) -> Result:
     return result
 
 
+@contextmanager
+def _temporary(where: str | None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="chaos-", dir=where, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
 class _Trial:
     """The faults of a plan, made to happen."""
 
-    def __init__(self, plan: Plan, folder: Path, run: Path, truth: Truth, temporary: Path, result: Result) -> None:
+    def __init__(
+        self, plan: Plan, folder: Path, run: Path, truth: Truth, temporary: Path, shared: Path | None, result: Result
+    ) -> None:
         self.plan, self.run_dir, self.truth, self.result = plan, run, truth, result
         self.disk: SmallDisk | None = None
         full = next((fault for fault in plan.faults if fault.kind == "disk-full"), None)
@@ -110,7 +121,7 @@ class _Trial:
             variables["CHAOS_NAN"] = f"{nan.step},{nan.rank},{nan.kind[4:]},{self._mark}"
         watched = any(kind.startswith("freeze-") for kind in plan.kinds)
         settings = (f"data.workers={plan.workers}", *([f"train.watchdog_seconds={WATCHDOG:g}"] if watched else []))
-        self.training = Training(folder, run, settings, variables)
+        self.training = Training(folder, run, settings, variables, shared)
         self._damaged: list[str] = []
 
     def run(self) -> None:
