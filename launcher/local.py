@@ -13,6 +13,7 @@ from launcher.guard import Guard
 from launcher.output import Terminal, error_line, last_lines, signal_name
 from launcher.progress import Restarts, run_state
 from launcher.ranks import POLL, Ranks, caught_signals
+from launcher.stopped import AllStopped
 from launcher.stopping import asked_to_stop, stop_ranks, stop_status
 from megamoe.config.schema import LaunchConfig
 from megamoe.errors import UserError
@@ -29,6 +30,7 @@ def launch_local(
     limits: LaunchConfig,
     run_dir: Path,
     command: Sequence[str] = (sys.executable, "-m", "megamoe"),
+    watchdog_seconds: float = 0.0,
 ) -> int:
     """Run ``COMMAND train CONFIG --resume RESUME OVERRIDES`` as ``nproc`` ranks until all of them are done.
 
@@ -45,6 +47,7 @@ def launch_local(
         limits: how often to restart, and how long the ranks have to save when they are stopped.
         run_dir: the run's folder (``config.run.folder``).
         command: what to start in place of this Python's ``megamoe``.
+        watchdog_seconds: all ranks stopped (SIGSTOP) for so long are a hang; 0: they may be for ever.
 
     Returns:
         Exit status: 0 all ranks are done; 2 a rank said that the request is wrong, its line is on stderr; 75 stopped,
@@ -61,9 +64,11 @@ def launch_local(
         while True:
             arguments = [*command, "train", str(config_path), "--resume", resume, *overrides]
             with Ranks(arguments, nproc, _new_attempt(run_dir), terminal, guard) as ranks:
-                while ranks.running() and not caught:
+                stopped, hang = AllStopped(ranks.pids, watchdog_seconds), False
+                while ranks.running() and not caught and not (hang := stopped.too_long(POLL)):
                     time.sleep(POLL)
-                culprit = ranks.culprit()
+                # A peer's watchdog says what hangs, if a peer is left that is not stopped.
+                culprit = ranks.culprit() or ((0, HUNG) if hang else None)
                 stop = bool(caught) or asked_to_stop(ranks)
                 if stop:
                     by_themselves = stop_ranks(ranks, caught, limits.stop_grace + PEER_GRACE, terminal)

@@ -216,6 +216,17 @@ def test_no_process_outlives_the_launcher_however_it_ends(signum: signal.Signals
     wait_for(lambda: not any(map(alive, everyone)), seconds=5)
 
 
+def test_when_all_ranks_are_frozen_nobody_waits_for_ever(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    os.environ["TEST_RUN"] = str(tmp_path)
+    command = [sys.executable, str(WORKER), json.dumps({"1": {"0": "freeze", "1": "freeze"}})]
+    limits = LaunchConfig(max_restarts=1)
+    assert launch_local(Path("c.yaml"), [], 2, "none", limits, tmp_path, command, watchdog_seconds=0.5) == 0
+    error = capfd.readouterr().err
+    assert "rank 0 is stopped (its main process" in error and "rank 1 is stopped (its main process" in error
+    assert "restart 1 of at most 1" in error
+    assert not alive(seen(tmp_path, 1, 0)["pid"]) and not alive(seen(tmp_path, 1, 1)["pid"])
+
+
 def test_the_children_of_a_killed_rank_go_with_it(tmp_path: Path) -> None:
     launcher = launch_apart(tmp_path, {"1": {"0": "hang-with-child", "1": "hang"}})
     everyone = pids(tmp_path, ["child-0"])
