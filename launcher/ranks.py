@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from launcher.guard import Guard
+from launcher.guard import Guard, kill_groups
 from launcher.output import Tee, Terminal
 from megamoe.statuses import HUNG, REQUEST_IS_WRONG, STOP_SIGNALS
 
@@ -125,10 +125,8 @@ class Ranks:
             self._tees.append(Tee(process.stderr, log, terminal, to_stderr=True))
 
     def _end(self) -> None:
-        for process in self._processes:
-            # The whole group, also of a rank that has ended: its data workers may not have noticed.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        # The whole groups, also of ranks that have ended: their data workers may not have noticed.
+        kill_groups(self.pids)
         for process in self._processes:
             process.wait()
         for tee in self._tees:

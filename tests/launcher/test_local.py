@@ -236,6 +236,23 @@ def test_the_children_of_a_killed_rank_go_with_it(tmp_path: Path) -> None:
     assert not any(map(alive, everyone))
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm here")
+@pytest.mark.parametrize("victim", ["the launcher", "a rank"])
+def test_a_kill_leaves_nothing_in_shared_memory(tmp_path: Path, victim: str) -> None:
+    launcher = launch_apart(tmp_path, {"1": {"0": "hang-with-semaphore", "1": "hang"}})
+    note = tmp_path / "semaphore-0"
+    wait_for(lambda: note.exists() and note.stat().st_size > 0)
+    holder, name = note.read_text().split()
+    semaphore = Path("/dev/shm") / f"sem.{name.removeprefix('/')}"
+    assert semaphore.exists()
+    if victim == "the launcher":
+        launcher.kill()
+    else:
+        os.kill(json.loads((latest_attempt(tmp_path) / "pids.json").read_text())["1"], signal.SIGKILL)
+    launcher.communicate(timeout=20)
+    wait_for(lambda: not alive(int(holder)) and not semaphore.exists())
+
+
 def test_after_resume_from_a_path_a_restart_ignores_checkpoints_of_the_old_history(tmp_path: Path) -> None:
     (tmp_path / "checkpoints/step-00000300").mkdir(parents=True)
     os.utime(tmp_path / "checkpoints/step-00000300", (1, 1))
