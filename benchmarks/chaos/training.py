@@ -19,7 +19,7 @@ from benchmarks.chaos.plan import LAYOUTS
 from tests.training import ROOT
 
 HOOK = Path(__file__).parent / "hook"
-PATIENCE = 180.0  # seconds that any moment may take to come, on a machine with other work
+PATIENCE = 400.0  # seconds that any moment may take to come, on a machine with other work
 _HIDE = ["unshare", "--mount", "sh", "-c"]
 
 
