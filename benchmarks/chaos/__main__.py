@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -40,6 +41,8 @@ def main() -> None:
         for seed in seeds:
             print(f"{seed}: {make_plan(seed).words()}")
         return
+    # As Ctrl-C: nothing of the trial under way is left running or mounted.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = arguments.folder.absolute() / _digest()
     prepare(folder)
     results = []

@@ -77,10 +77,13 @@ def run_trial(folder: Path, plan: Plan) -> Result:
             result.problems += differences(plan, run, truth.run)
             result.problems += trial.damaged()
             result.problems += leftovers(trial.training)
-        except Missed as missed:
+        except (Missed, psutil.Error) as missed:
             result.problems.append(str(missed))
-        finally:
+        except BaseException:  # interrupted: nobody looks at the files
             trial.close()
+            trial.take_disk_away()
+            raise
+        trial.close()
         result.attempts = len(list(run.glob("logs/attempt-*")))
     if not result.problems:
         trial.take_disk_away()
@@ -191,7 +194,7 @@ class _Trial:
     def _strike(self, fault: Fault) -> None:
         kind = fault.kind.removesuffix("-in-save")
         if kind == "kill-rank":
-            self._signal(signal.SIGKILL, self.training.ranks()[fault.rank])
+            self._signal(signal.SIGKILL, self._rank(fault))
         elif kind == "kill-all":
             self._signal(signal.SIGKILL, *self.training.ranks())
         elif kind == "kill-launcher":
@@ -200,7 +203,7 @@ class _Trial:
         elif kind == "kill-worker":
             self._signal(signal.SIGKILL, self._worker(fault))
         elif kind == "freeze-rank":
-            self._signal(signal.SIGSTOP, self.training.ranks()[fault.rank])
+            self._signal(signal.SIGSTOP, self._rank(fault))
         elif kind == "freeze-worker":
             self._signal(signal.SIGSTOP, self._worker(fault))
         elif kind == "stop":
@@ -230,14 +233,22 @@ class _Trial:
 
     def _worker(self, fault: Fault) -> int:
         """The data worker of a rank: the child of its fork server."""
-        rank = self.training.ranks()[fault.rank]
-        family = psutil.Process(rank).children(recursive=True)
-        return next(process.pid for process in family if process.ppid() != rank)
+        rank = self._rank(fault)
+        for process in psutil.Process(rank).children(recursive=True):
+            if process.ppid() != rank:
+                return process.pid
+        raise Missed(f"rank {fault.rank} has no data worker")
+
+    def _rank(self, fault: Fault) -> int:
+        ranks = self.training.ranks()
+        if fault.rank >= len(ranks):
+            raise Missed(f"there is no rank {fault.rank}: {len(ranks)} ranks are at work")
+        return ranks[fault.rank]
 
     def _stop(self, fault: Fault) -> None:
         process = self.training.process
         assert process is not None
-        target = process.pid if fault.whom == "the launcher" else self.training.ranks()[fault.rank]
+        target = process.pid if fault.whom == "the launcher" else self._rank(fault)
         with suppress(ProcessLookupError):
             os.kill(target, signal.SIGTERM)
         status = self.training.end()
@@ -268,7 +279,7 @@ class _Trial:
         if fault.whom == "the launcher":
             self._kill_launcher()
         else:
-            self._signal(signal.SIGKILL, self.training.ranks()[fault.rank])
+            self._signal(signal.SIGKILL, self._rank(fault))
             self.training.until(lambda: bool(self.training.ranks()), "the ranks were started again")
         newest = self.training.checkpoints()[-1]
         files = sorted(newest.iterdir())
