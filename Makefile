@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIP_INSTALL := $(PIP) install --quiet --constraint constraints.txt
 SOURCES := megamoe launcher data_tools slurm slurm/testbed tests benchmarks
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test chaos lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show these lines
@@ -20,6 +20,9 @@ demo: $(INSTALLED) ## Make shards, train a small model on 4 processes, kill one,
 
 test: $(INSTALLED) ## Run all tests
 	$(BIN)/python -m pytest -q
+
+chaos: $(INSTALLED) ## Run 100 trainings under random faults (hours; goes on where it was); rewrite docs/chaos.md
+	$(BIN)/python -m benchmarks.chaos --json data/chaos/results.json --page docs/chaos.md
 
 lint: $(INSTALLED) ## Check style, format and types
 	$(BIN)/ruff check $(SOURCES)

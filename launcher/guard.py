@@ -12,8 +12,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Collection, Iterable
+from pathlib import Path
 from types import TracebackType
+
+_TRACKER = b"multiprocessing.resource_tracker"
+_TRACKER_GRACE = 5.0  # seconds; on a machine that is not overloaded it needs milliseconds
 
 
 class Guard:
@@ -50,9 +55,37 @@ def main() -> None:
     groups: list[int] = []
     for line in sys.stdin:
         groups = [int(word) for word in line.split()]
-    for group in groups:
+    kill_groups(groups)
+
+
+def kill_groups(groups: Collection[int]) -> None:
+    """Kill all processes of process groups, and leave nothing of theirs in shared memory.
+
+    The semaphores between a rank and its data workers have names in /dev/shm. When a process is killed, Python's resource
+    tracker of that rank removes them, if it is not killed along: it ends by itself when all others of its group are gone.
+    """
+    deadline = time.monotonic() + _TRACKER_GRACE
+    while (members := _members(groups)) and time.monotonic() < deadline:
+        for process, is_tracker in members.items():
+            if not is_tracker:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+        time.sleep(0.01)
+    for group in groups:  # whatever is left, and all of them where there is no /proc
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
+
+
+def _members(groups: Collection[int]) -> dict[int, bool]:
+    """Processes of ``groups`` that have not ended, and whether each is a resource tracker."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            # state, parent, process group: what follows the name, which may contain anything
+            state, _, group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(group) in groups and state not in "ZX":
+                found[int(entry.name)] = _TRACKER in (entry / "cmdline").read_bytes()
+    return found
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ from launcher.guard import Guard
 from launcher.output import Terminal
 from launcher.progress import Restarts, run_state
 from launcher.ranks import Ranks, caught_signals, local_environments, write_pids
+from launcher.stopped import AllStopped
 from launcher.stopping import asked_to_stop, stop_ranks, stop_status
 from launcher.verdict import PEER_GRACE, explain, last_words, new_attempt, resume_after
 from megamoe.config.schema import LaunchConfig
+from megamoe.statuses import HUNG
 
 
 def launch_local(
@@ -26,6 +28,7 @@ def launch_local(
     limits: LaunchConfig,
     run_dir: Path,
     command: Sequence[str] = (sys.executable, "-m", "megamoe"),
+    watchdog_seconds: float = 0.0,
 ) -> int:
     """Run ``COMMAND train CONFIG --resume RESUME OVERRIDES`` as ``nproc`` ranks until all of them are done.
 
@@ -42,6 +45,7 @@ def launch_local(
         limits: how often to restart, and how long the ranks have to save when they are stopped.
         run_dir: the run's folder (``config.run.folder``).
         command: what to start in place of this Python's ``megamoe``.
+        watchdog_seconds: all ranks stopped (SIGSTOP) for so long are a hang; 0: they may be for ever.
 
     Returns:
         Exit status: 0 all ranks are done; 2 a rank said that the request is wrong, its line is on stderr; 75 stopped,
@@ -60,9 +64,11 @@ def launch_local(
             folder = new_attempt(run_dir)
             with Ranks(arguments, local_environments(nproc), folder, terminal, guard) as ranks:
                 write_pids(folder, ranks.pids)
-                while ranks.running() and not caught:
+                stopped, hang = AllStopped(ranks.pids.values(), watchdog_seconds), False
+                while ranks.running() and not caught and not (hang := stopped.too_long(POLL)):
                     ranks.pause(POLL)
-                culprit = ranks.culprit()
+                # A peer's watchdog says what hangs, if a peer is left that is not stopped.
+                culprit = ranks.culprit() or ((0, HUNG) if hang else None)
                 stop = bool(caught) or asked_to_stop(ranks)
                 if stop:
                     by_themselves = stop_ranks(ranks, caught, limits.stop_grace + PEER_GRACE, terminal)

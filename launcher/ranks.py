@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from launcher.group import RankGroup
-from launcher.guard import Guard
+from launcher.guard import Guard, kill_groups
 from launcher.output import Output, Tee
 from launcher.placement import Place, environment
 from megamoe.statuses import STOP_SIGNALS
@@ -91,10 +91,8 @@ class Ranks(RankGroup):
 
     def close(self) -> None:
         """Kill what is left of the ranks and of what they have started."""
-        for process in self._processes.values():
-            # The whole group, also of a rank that has ended: its data workers may not have noticed.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        # The whole groups, also of ranks that have ended: their data workers may not have noticed.
+        kill_groups(self.pids.values())
         for process in self._processes.values():
             process.wait()
         for tee in self._tees:

@@ -71,7 +71,10 @@ def train(ctx: click.Context, config: Path, overrides: tuple[str, ...], nproc: i
         refuse_existing(settings.run.folder)
     elif resume != "auto" and not Path(resume).exists():
         raise UserError(f"--resume {resume}: no such checkpoint; give its folder, or auto for the newest one")
-    ctx.exit(launch_local(config, overrides, nproc or 1, resume, settings.launch, run_dir=settings.run.folder))
+    patience = settings.train.watchdog_seconds
+    ctx.exit(
+        launch_local(config, overrides, nproc or 1, resume, settings.launch, settings.run.folder, watchdog_seconds=patience)
+    )
 
 
 @megamoe.command(name="eval", short_help="Caption held-out pictures and count the right ones.")

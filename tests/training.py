@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from launcher.ranks import environment, free_port
+from launcher.ranks import local_environments
 from tests.warm import run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -117,9 +117,8 @@ def with_fault(
 
 
 def _ranks(folder: Path, nproc: int, argv: list[str], timeout: float) -> list[tuple[int, str]]:
-    port = free_port()
-    base = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return run_ranks(argv, [environment(base, rank, nproc, port) for rank in range(nproc)], folder, timeout)
+    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return run_ranks(argv, [base | env for base in local_environments(nproc).values()], folder, timeout)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

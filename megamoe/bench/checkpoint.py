@@ -8,7 +8,6 @@ median of its rounds, so that what else the machine does falls on all alike.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.ranks import environment, free_port
+from launcher.ranks import local_environments
 from megamoe.config import load_config
 from megamoe.errors import UserError
 from megamoe.parallel.layout import plan_layout
@@ -43,10 +42,10 @@ def bench_checkpoint(config: Path, overrides: Sequence[str], ranks: int, folder:
     """
     layout = plan_layout(load_config(config, overrides), ranks)
     folder.mkdir(parents=True, exist_ok=True)
-    results, port = folder / "results.json", free_port()
+    results = folder / "results.json"
     results.unlink(missing_ok=True)
     command = [sys.executable, "-m", "megamoe.bench.checkpoint_ranks", str(config), str(folder), str(rounds), *overrides]
-    processes = [subprocess.Popen(command, env=environment(os.environ, rank, ranks, port)) for rank in range(ranks)]
+    processes = [subprocess.Popen(command, env=env) for env in local_environments(ranks).values()]
     try:
         while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
             time.sleep(0.05)

@@ -217,6 +217,17 @@ def test_no_process_outlives_the_launcher_however_it_ends(signum: signal.Signals
     wait_for(lambda: not any(map(alive, everyone)), seconds=5)
 
 
+def test_when_all_ranks_are_frozen_nobody_waits_for_ever(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    os.environ["TEST_RUN"] = str(tmp_path)
+    command = [sys.executable, str(WORKER), json.dumps({"1": {"0": "freeze", "1": "freeze"}})]
+    limits = LaunchConfig(max_restarts=1)
+    assert launch_local(Path("c.yaml"), [], 2, "none", limits, tmp_path, command, watchdog_seconds=0.5) == 0
+    error = capfd.readouterr().err
+    assert "rank 0 is stopped (its main process" in error and "rank 1 is stopped (its main process" in error
+    assert "restart 1 of at most 1" in error
+    assert not alive(seen(tmp_path, 1, 0)["pid"]) and not alive(seen(tmp_path, 1, 1)["pid"])
+
+
 def test_the_children_of_a_killed_rank_go_with_it(tmp_path: Path) -> None:
     launcher = launch_apart(tmp_path, {"1": {"0": "hang-with-child", "1": "hang"}})
     everyone = pids(tmp_path, ["child-0"])
@@ -224,6 +235,23 @@ def test_the_children_of_a_killed_rank_go_with_it(tmp_path: Path) -> None:
     launcher.communicate(timeout=20)
     assert launcher.returncode == 0
     assert not any(map(alive, everyone))
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm here")
+@pytest.mark.parametrize("victim", ["the launcher", "a rank"])
+def test_a_kill_leaves_nothing_in_shared_memory(tmp_path: Path, victim: str) -> None:
+    launcher = launch_apart(tmp_path, {"1": {"0": "hang-with-semaphore", "1": "hang"}})
+    note = tmp_path / "semaphore-0"
+    wait_for(lambda: note.exists() and note.stat().st_size > 0)
+    holder, name = note.read_text().split()
+    semaphore = Path("/dev/shm") / f"sem.{name.removeprefix('/')}"
+    assert semaphore.exists()
+    if victim == "the launcher":
+        launcher.kill()
+    else:
+        os.kill(json.loads((latest_attempt(tmp_path) / "pids.json").read_text())["1"], signal.SIGKILL)
+    launcher.communicate(timeout=20)
+    wait_for(lambda: not alive(int(holder)) and not semaphore.exists())
 
 
 def test_after_resume_from_a_path_a_restart_ignores_checkpoints_of_the_old_history(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ an action is done at once.
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -89,6 +90,10 @@ match actions.get(rank, actions.get("*", "done")):
     case "hang-with-child":
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         (run / f"child-{rank}").write_text(str(child.pid))
+        time.sleep(600)
+    case "hang-with-semaphore":
+        semaphore = multiprocessing.get_context("spawn").Semaphore()
+        (run / f"semaphore-{rank}").write_text(f"{os.getpid()} {semaphore._semlock.name}")
         time.sleep(600)
     case "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

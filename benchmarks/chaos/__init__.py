@@ -1,0 +1,1 @@
+"""Seeded trials of training under faults: planned, run, judged and reported."""

@@ -1,0 +1,81 @@
+"""Ten of the trials of `make chaos`: every kind of fault, under every number of ranks, on a smaller layout too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.chaos.plan import KINDS, LAYOUTS, make_plan
+from benchmarks.chaos.report import as_text
+from benchmarks.chaos.trial import run_trial
+from benchmarks.chaos.truth import differences, prepare, truth_of
+from tests.training import audit
+
+SEEDS = (128, 505, 995, 1054, 1434, 1766, 1851, 1962, 2137, 2933)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("chaos")
+    prepare(path)
+    return path
+
+
+def test_the_ten_trials_have_every_kind_of_fault_and_move_to_smaller_layouts() -> None:
+    plans = [make_plan(seed) for seed in SEEDS]
+    assert {kind for plan in plans for kind in plan.kinds} == set(KINDS)
+    assert {LAYOUTS[plan.layout][0] for plan in plans} == {1, 2, 4}
+    faults = [fault for plan in plans for fault in plan.faults]
+    assert {fault.when for fault in faults} == {"start", "step", "save"}
+    assert {fault.where for fault in faults if fault.kind == "disk-full"} == {"the run"}
+    moves = [(plan.layout, fault.then) for plan in plans for fault in plan.faults if fault.may_end_the_launcher]
+    assert sum(LAYOUTS[to][0] < LAYOUTS[before][0] for before, to in moves) >= 3
+
+
+def test_a_seed_always_means_the_same_trial_and_layouts_only_get_smaller() -> None:
+    for seed in range(2000):
+        plan = make_plan(seed)
+        assert plan == make_plan(seed) and 1 <= len(plan.faults) <= 3
+        sizes = [LAYOUTS[plan.layout][0]]
+        for fault in plan.faults:
+            assert fault.rank < sizes[-1]
+            if fault.may_end_the_launcher:
+                sizes.append(LAYOUTS[fault.then][0])
+        assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_disturbed_run_ends_as_the_undisturbed_one(folder: Path, seed: int) -> None:
+    result = run_trial(folder, make_plan(seed))
+    assert result.problems == [], f"{result.plan}\n{as_text([result])}\n" + "\n".join(result.problems)
+    assert len(result.lost) == len(result.kinds)
+
+
+def test_a_run_that_is_not_the_undisturbed_one_is_found_out(folder: Path) -> None:
+    """The judge: one number, one step twice, one sample in another place."""
+    plan = make_plan(SEEDS[4])
+    truth = truth_of(folder, plan.layout, lasting=False).run
+    assert differences(plan, truth, truth) == []
+    run = folder / "changed"
+    _copy(truth, run)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    row = json.loads(lines[9])
+    row["grad_norm"] *= 1 + 1e-15
+    (run / "metrics.jsonl").write_text("".join([*lines[:9], json.dumps(row) + "\n", *lines[10:]]))
+    (wrong,) = differences(plan, run, truth)
+    assert wrong.startswith("step 10, grad_norm: ")
+    (run / "metrics.jsonl").write_text("".join([*lines, lines[-1]]))
+    assert "15, 16, 16]" in differences(plan, run, truth)[0]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    first = run / "audit/rank-00000.jsonl"
+    rows = first.read_text().splitlines(keepends=True)
+    first.write_text("".join([rows[0].replace('"slot":0', '"slot":7'), *rows[1:]]))
+    assert audit(run) != audit(truth) and "audit" in differences(plan, run, truth)[0]
+
+
+def _copy(source: Path, target: Path) -> None:
+    for path in ("metrics.jsonl", "audit/rank-00000.jsonl"):
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        (target / path).write_bytes((source / path).read_bytes())
