@@ -114,7 +114,7 @@ class Bench:
         """How long the training threads stand, at the slowest rank, for a save that goes on beside steps."""
         stalls = {}
         self.step()
-        stood = _clock(lambda: self.checkpointer.save(self._state()))
+        stood = _clock(lambda: self.checkpointer.save(self._state(), None))
         while self.checkpointer.busy:
             self.step()
             stood += _clock(self.checkpointer.poll)
@@ -137,7 +137,7 @@ class Bench:
             self.seconds[f"stall {name}"].append(worst.item())
 
     def _ours_save(self, path: Path) -> None:
-        self.checkpointer.write(self._state())
+        self.checkpointer.write(self._state(), None)
 
     def _ours_load(self, path: Path) -> None:
         self.checkpointer.load(path / "checkpoints" / checkpoint_name(self.step_number))

@@ -11,8 +11,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from megamoe.checkpoint.state import TrainState
 from megamoe.checkpoint.store import complete, write_pieces
 from megamoe.checkpoint.tensorfile import FileSum
 from megamoe.config import Config
+from megamoe.data.state import DataState, joined
 from megamoe.errors import CheckpointError
 from megamoe.parallel.agree import from_rank_0
 from megamoe.parallel.engine import TrainEngine
@@ -42,7 +44,8 @@ class _Save:
 
     Attributes:
         folder: The checkpoint.
-        state: What it says of the run.
+        state: What it says of the run, but for the position in the data.
+        position: That of this rank's lanes, if it loads data.
         prune: Whether older ones go when it is published.
         work: What a thread of this rank does for it, or did.
         publishing: Whether all files are written, and rank 0 is at the manifest.
@@ -50,6 +53,7 @@ class _Save:
 
     folder: Path
     state: TrainState
+    position: DataState | None
     prune: bool
     work: Future[FileSum | None]
     publishing: bool = False
@@ -78,14 +82,15 @@ class Checkpointer:
         """Whether a save is under way; the same on all ranks."""
         return self._save is not None
 
-    def save(self, state: TrainState, last: bool = False) -> None:
+    def save(self, state: TrainState, position: DataState | None, last: bool = False) -> None:
         """Write a checkpoint, publish it when all ranks are done, and delete those that need not stay.
 
         With ``checkpoint.async`` this returns as soon as a copy is taken; if the checkpoint before is still being
         written, it waits for that, or leaves this one out, as ``checkpoint.when_busy`` says.
 
         Args:
-            state: State of the run; counts on rank 0.
+            state: State of the run; that of rank 0 counts, and its position is put together from all ranks.
+            position: That of this rank's lanes; None for a rank that loads no data.
             last: The training ends here: return when this checkpoint is published.
 
         Raises:
@@ -97,17 +102,17 @@ class Checkpointer:
                 return
             self.finish()
         background = self.settings.in_background and not last
-        self._begin(state, prune=True, copy=background)
+        self._begin(state, position, prune=True, copy=background)
         if not background:
             self.finish()
 
-    def write(self, state: TrainState) -> None:
+    def write(self, state: TrainState, position: DataState | None) -> None:
         """Write a checkpoint and publish it when all ranks are done; no other step's is touched.
 
         Raises:
             CheckpointError: it could not be written.
         """
-        self._begin(state, prune=False, copy=False)
+        self._begin(state, position, prune=False, copy=False)
         self.finish()
 
     def poll(self) -> None:
@@ -156,7 +161,7 @@ class Checkpointer:
         refresh_weights(self.engine)
         return state
 
-    def _begin(self, state: TrainState, prune: bool, copy: bool) -> None:
+    def _begin(self, state: TrainState, position: DataState | None, prune: bool, copy: bool) -> None:
         slots = [*self._slots(), self._rng_slot()]
         if self._plan is None:
             self._plan = plan_writes(slots)
@@ -173,7 +178,7 @@ class Checkpointer:
                 copied()
             return write_pieces(folder, rank, pieces)
 
-        self._save = _Save(folder, state, prune, self._thread.submit(write))
+        self._save = _Save(folder, state, position, prune, self._thread.submit(write))
 
     def _advance(self, save: _Save) -> None:
         """Take the save a step further if all ranks have come to the same point."""
@@ -191,18 +196,20 @@ class Checkpointer:
             self._save = None
             return
         save.publishing = True
-        sums: list[FileSum | None] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(save.work.result(), sums, dst=0)
-        if sums is not None:
-            files = {rank_file(rank): each for rank, each in enumerate(sums) if each is not None}
-            save.work = self._thread.submit(self._publish, save, files)
+        results: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object((save.work.result(), save.position), results, dst=0)
+        if results is not None:
+            files = {rank_file(rank): sums for rank, (sums, _) in enumerate(results) if sums is not None}
+            position = joined(part for _, part in results)
+            state = save.state if position is None else replace(save.state, position=position.to_json())
+            save.work = self._thread.submit(self._publish, save.folder, state, files, save.prune)
 
-    def _publish(self, save: _Save, files: Mapping[str, FileSum]) -> None:
+    def _publish(self, folder: Path, state: TrainState, files: Mapping[str, FileSum], prune: bool) -> None:
         assert self._plan is not None
-        complete(save.folder, save.state.to_json(), self.engine.layout.describe(), files, self._plan.tensors)
-        if save.prune:
+        complete(folder, state.to_json(), self.engine.layout.describe(), files, self._plan.tensors)
+        if prune:
             # A later one is not of this history; it neither counts nor goes.
-            found = {step: path for step, path in checkpoints_of(self.run) if step <= save.state.step}
+            found = {step: path for step, path in checkpoints_of(self.run) if step <= state.step}
             for step in to_delete(list(found), self.settings.keep, self.settings.keep_every):
                 delete(found[step])
         if self._mirror is not None:

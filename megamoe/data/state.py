@@ -49,6 +49,16 @@ class DataState:
             raise DataError(f"{source}: its data position cannot be read ({error}); take another checkpoint") from error
 
 
+def joined(states: Iterable[DataState | None]) -> DataState | None:
+    """The state of all lanes from those of the ranks that carry them; None from a rank, or if none carries any."""
+    carried = [state for state in states if state is not None]
+    if not carried:
+        return None
+    cursors = {lane: cursor for state in carried for lane, cursor in state.cursors.items()}
+    assert sorted(cursors) == list(range(len(cursors))), "a lane is carried by no rank"
+    return DataState(cursors, earliest(state.anchors for state in carried), carried[0].quarantine)
+
+
 def earliest(anchors: Iterable[tuple[Anchor, ...]]) -> tuple[Anchor, ...]:
     """For each source the earliest of the anchors that several readers report."""
     return tuple(min(each, key=lambda anchor: anchor.start) for each in zip(*anchors, strict=True))

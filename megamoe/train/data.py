@@ -10,8 +10,6 @@ import torch.distributed as dist
 from megamoe.config.schema import DataConfig
 from megamoe.data.catalog import BadShard
 from megamoe.data.loader import StepBatch, StepLoader
-from megamoe.data.order import Anchor
-from megamoe.data.state import DataState, earliest
 from megamoe.errors import DataError
 from megamoe.train.records import LeftOutShard, RunRecords
 from megamoe.train.stop import StopRequest
@@ -67,15 +65,6 @@ def next_batch(
             loader.set_aside(before, {name: shard.samples for name, shard in shards.items()})
         records.write_quarantine(step, shards)
         _check_limit(loader, data.max_bad_shards)
-
-
-def whole_state(loader: StepLoader | None, lanes: int) -> DataState:
-    """The state of all ``lanes``, put together from the ranks that carry them. All ranks call."""
-    states = [state for state in _gather(loader.state if loader is not None else None) if state is not None]
-    cursors = {lane: cursor for state in states for lane, cursor in state.cursors.items()}
-    assert sorted(cursors) == list(range(lanes))
-    anchors: tuple[Anchor, ...] = earliest(state.anchors for state in states)
-    return DataState(cursors, anchors, states[0].quarantine)
 
 
 def _left_out(failures: list[_Failure | None], loader: StepLoader | None) -> dict[str, LeftOutShard]:

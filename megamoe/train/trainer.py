@@ -25,7 +25,7 @@ from megamoe.parallel.engine import StepResult, TrainEngine
 from megamoe.parallel.layout import Layout
 from megamoe.parallel.masters import MasterSums
 from megamoe.parallel.memory import peak_memory, predict_memory
-from megamoe.train.data import next_batch, whole_state
+from megamoe.train.data import next_batch
 from megamoe.train.records import RunRecords
 from megamoe.train.resume import Resume
 from megamoe.train.rollback import go_back
@@ -75,7 +75,7 @@ class Trainer:
             self._go_on_from(state)
         self.masters.note()
         if history.elsewhere:
-            self.checkpointer.write(self._state())  # from here on, the run's own folder is enough to go on
+            self.checkpointer.write(self._state(), self._position)  # from here on, the run's own folder is enough to go on
         history.leave_the_rest(self.step)
         self.records = RunRecords(config, self.rank, None if resume == "none" else self.step, tokenizer)
 
@@ -108,7 +108,7 @@ class Trainer:
                     if self.config.train.check_every:
                         self._check_agreement()  # or the next start would go on from the fault
                     self.watchdog.enter("saves a checkpoint", self.step, slow=True)
-                    self.checkpointer.save(self._state(), last)
+                    self.checkpointer.save(self._state(), self._position, last)
                 self.watchdog.started()
             if self.step == steps:
                 self._report_memory()
@@ -208,7 +208,7 @@ class Trainer:
         self._go_on_from(state)
         self.masters.note()
         self.watch.go_past(past, before)
-        self.checkpointer.write(self._state())
+        self.checkpointer.write(self._state(), self._position)
         self.records = RunRecords(self.config, self.rank, self.step, self.tokenizer)
 
     def _check_agreement(self) -> None:
@@ -277,6 +277,10 @@ class Trainer:
             dp_size=self.layout.data,
         )
 
+    @property
+    def _position(self) -> DataState | None:
+        return self.loader.state if self.loader is not None else None
+
     def _state(self) -> TrainState:
         return TrainState(
             step=self.step,
@@ -289,7 +293,7 @@ class Trainer:
             lost_shard=self.lost_shard,
             spikes=self.spikes,
             spike_watch=self.watch.to_json(),
-            position=whole_state(self.loader, self.config.train.global_batch).to_json(),
+            position={},  # each rank has a part of it
             config=self._dumped,
             versions=self._versions,
             **self.fingerprints,
