@@ -45,7 +45,7 @@ class Case:
 
 
 class LocateWork:
-    """Finds the first sample of each lane, and then those of ``case.steps`` steps; gives two items."""
+    """Finds the first sample of each lane, and then those of ``case.steps`` steps."""
 
     def __init__(self, case: Case, data: DataSet, state: DataState) -> None:
         self._case, self._data, self._state = case, data, state
@@ -56,7 +56,7 @@ class LocateWork:
         import megamoe.data.worker  # noqa: F401
 
     def serve(self, worker: int, workers: int, memory: mmap.mmap) -> Iterator[dict[str, Any]]:
-        """Seconds that it took; the second item also has windows between the first lane and the last."""
+        """Seconds for the first samples; then microseconds for one of the others, and windows from the first lane to the last."""
         case, cursors = self._case, self._state.cursors
         started = time.perf_counter()
         catalog = Catalog(self._data, Storage())
@@ -82,7 +82,8 @@ class LocateWork:
         seconds = time.perf_counter() - started
         positions = [cursors[lane] * case.global_batch for lane in lanes]
         spread = (max(positions) - min(positions)) / (case.samples * case.shuffle_shards)
-        yield {"us": 1e6 * seconds / (case.steps * len(lanes) * taken), "spread": spread}
+        while True:  # alive as long as its memory is looked at
+            yield {"us": 1e6 * seconds / (case.steps * len(lanes) * taken), "spread": spread}
 
 
 INDEX = Path("index")  # never looked at

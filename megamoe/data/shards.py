@@ -131,8 +131,10 @@ def _expanded(specs: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _found(specs: Sequence[str], disk: _Disk) -> Iterator[tuple[str, str]]:
     """Each shard, and what tells whether it is the same as another one."""
     for name, part in _expanded(specs):
-        if scheme(name) is not None:
-            yield from ((shard, shard) for shard in _remote(name, part))
+        kind = scheme(name)
+        if kind is not None:
+            for shard in _remote(kind, name, part):
+                yield shard, shard
         else:
             yield from ((shard, disk.real(shard)) for shard in _local(name, disk))
 
@@ -153,8 +155,7 @@ def _names(part: str, spec: str) -> Iterator[str]:
         raise DataError(f"shards {masked(part)!r}: unbalanced braces; write path/{{00000..00063}}.tar") from error
 
 
-def _remote(name: str, part: str) -> list[str]:
-    kind = scheme(name)
+def _remote(kind: str, name: str, part: str) -> list[str]:
     if kind == "pipe":
         if not name.removeprefix("pipe:").strip():
             raise DataError(f"shards {part!r}: there is no command; write pipe:COMMAND")

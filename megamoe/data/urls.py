@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
-_SCHEME = re.compile(r"(pipe)(?=:)|([A-Za-z][A-Za-z0-9+.-]*)(?=://)")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 _USER = re.compile(r"(?<=://)(?:[^/\s'\"]*:[^/\s'\"]*|(?<=http://)[^/\s'\"]+|(?<=https://)[^/\s'\"]+)@")
 _QUERY = re.compile(r"(https?://[^\s'\"?]*)\?[^\s'\"]+|\?[^\s'\"]*=[^\s'\"]*")  # signatures of pre-signed URLs
 _HEADER = re.compile(r"\b(bearer|basic|token)\s+[^\s'\"]+|((?<=-key:)|(?<=-token:))\s*[^\s'\"]+", re.IGNORECASE)
@@ -15,8 +16,15 @@ _LONGEST = 300  # characters of a reason: servers and commands may send whole pa
 
 def scheme(shard: str) -> str | None:
     """``http``, ``s3``, ``pipe``, ...; None for a local path."""
-    match = _SCHEME.match(shard)
-    return match.group(0).lower() if match else None
+    head, colon, rest = shard.partition(":")
+    return _kind(head, rest.startswith("//")) if colon else None
+
+
+@lru_cache(256)  # hundreds of thousands of names have one between them
+def _kind(head: str, slashes: bool) -> str | None:
+    if head == "pipe":
+        return head
+    return head.lower() if slashes and _SCHEME.fullmatch(head) else None
 
 
 def masked(text: str) -> str:
