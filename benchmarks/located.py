@@ -56,7 +56,7 @@ class LocateWork:
         import megamoe.data.worker  # noqa: F401
 
     def serve(self, worker: int, workers: int, memory: mmap.mmap) -> Iterator[dict[str, Any]]:
-        """Seconds for the first samples; then microseconds for one of the others, and windows from the first lane to the last."""
+        """Seconds for the first samples; then microseconds for one of the others, and windows from first lane to last."""
         case, cursors = self._case, self._state.cursors
         started = time.perf_counter()
         catalog = Catalog(self._data, Storage())

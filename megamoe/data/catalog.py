@@ -60,11 +60,17 @@ class Source:
 
 
 class Located(NamedTuple):
-    """A sample: its id ``<shard>#<key>``, its shard, and where in it its members lie."""
+    """A sample: its id ``<shard>#<key>``, its shard, and where in it its members lie.
+
+    ``left_out``: samples that are never read and are to be counted with this one: (id, why). They lack a picture or a
+    caption, or their key comes twice. They are spread evenly over those that are read, so that at any time their share is
+    that of the shards read so far.
+    """
 
     id: str
     shard: str
     entry: SampleEntry
+    left_out: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -148,24 +154,9 @@ class Catalog:
             raise InQuarantine("shard: in quarantine")
         known = self._index(name)
         entry = known.index.sample(sample if known.kept is None else int(known.kept[sample]))
-        return Located(f"{label}#{entry.key}", name, entry)
+        return Located(f"{label}#{entry.key}", name, entry, _left_out(known, label, sample))
 
-    def left_out(self, source: int, shard: int, sample: int) -> list[tuple[str, str]]:
-        """Samples that are never read and are to be counted with number ``sample`` of their shard: (id, why).
-
-        They lack a picture or a caption, or their key comes twice. They are spread evenly over those that are read, so
-        that at any time their share is that of the shards read so far.
-        """
-        name, label = self._place(source, shard)
-        if label in self._data.quarantine:
-            return []
-        known = self._index(name)
-        if not known.left_out:
-            return []
-        first, last = (n * len(known.left_out) // known.samples for n in (sample, sample + 1))
-        return [(f"{label}#{key}", f"incomplete: {why}") for key, why in known.left_out[first:last]]
-
-    def read(self, located: Located) -> tuple[bytes, bytes]:
+    def read(self, located: Located) -> tuple[memoryview, memoryview]:
         """Bytes of the picture and of the caption of a located sample.
 
         Raises:
@@ -179,8 +170,9 @@ class Catalog:
         except DataError as error:
             raise self._bad(located.shard, error) from error
 
-    def read_all(self, source: int, shard: int, sample: int) -> tuple[str, dict[str, bytes]]:
-        """Key of a sample, numbered as in :meth:`sample`, and the bytes of all its members by extension, in their order.
+    def read_all(self, source: int, shard: int, sample: int) -> tuple[str, dict[str, bytes], Sequence[tuple[str, str]]]:
+        """A sample, numbered as in :meth:`sample`: its key, the bytes of all its members by extension, in their order, and
+        what is left out as in :class:`Located`.
 
         Raises:
             InQuarantine: its shard is.
@@ -198,7 +190,8 @@ class Catalog:
             raise
         except DataError as error:
             raise self._bad(name, error) from error
-        return known.index.key(number), dict(zip(extents, contents, strict=True))
+        members = {ext: bytes(content) for ext, content in zip(extents, contents, strict=True)}
+        return known.index.key(number), members, _left_out(known, label, sample)
 
     def _place(self, source: int, shard: int) -> tuple[str, str]:
         """Name and label of a shard, without unpacking them from all names each time."""
@@ -230,6 +223,13 @@ class Catalog:
             self._storage.forget(shard)  # a page of HTML in place of a tar must not stay in the cache
         label = shard_label(shard, self._data.repeated)
         return BadShard(str(error), label, self._loaded[shard].samples if shard in self._loaded else -1)
+
+
+def _left_out(known: _Known, label: str, sample: int) -> Sequence[tuple[str, str]]:
+    if not known.left_out:
+        return ()
+    first, last = (n * len(known.left_out) // known.samples for n in (sample, sample + 1))
+    return [(f"{label}#{key}", f"incomplete: {why}") for key, why in known.left_out[first:last]]
 
 
 def learnt_count(data: DataSet, shard: str, cache: ShardCache | None, fetch: bool) -> int:

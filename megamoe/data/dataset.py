@@ -232,8 +232,8 @@ class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
         """The sample, or None if it cannot be had and the handler says to go on."""
         shard = data.sources[ref.source].shards[ref.shard]
         try:
-            key, members = catalog.read_all(ref.source, ref.shard, ref.sample)
-            for name, why in catalog.left_out(ref.source, ref.shard, ref.sample):
+            key, members, left_out = catalog.read_all(ref.source, ref.shard, ref.sample)
+            for name, why in left_out:
                 self._handle(CorruptSample(f"sample {name}: {why}"))
                 progress.lost["incomplete"] += 1
         except BadShard as bad:

@@ -46,8 +46,8 @@ class Storage:
         self._open: OrderedDict[str, _OpenShard] = OrderedDict()
         self.counters: Counter[str] = Counter()
 
-    def read(self, shard: str, extents: Sequence[Extent]) -> list[bytes]:
-        """The contents of members of ``shard``.
+    def read(self, shard: str, extents: Sequence[Extent]) -> list[memoryview]:
+        """The contents of members of ``shard``, read-only.
 
         Members that lie close together, as those of a sample do, are read at once. The tar header in front of each must
         be the one that was indexed: a shard that was replaced since gives an error, not the bytes of another sample.
@@ -63,8 +63,8 @@ class Storage:
             return [self._read(shard, e.offset - BLOCK, e.offset + e.size, [e])[0] for e in extents]
         return self._read(shard, first - BLOCK, last, extents)
 
-    def _read(self, shard: str, first: int, last: int, extents: Sequence[Extent]) -> list[bytes]:
-        data = self._bytes(shard, first, last - first)
+    def _read(self, shard: str, first: int, last: int, extents: Sequence[Extent]) -> list[memoryview]:
+        data = memoryview(self._bytes(shard, first, last - first))
         contents = []
         for offset, size, header in extents:
             at = offset - first
