@@ -21,6 +21,7 @@ from megamoe.data.remote import ShardUnavailable
 from megamoe.data.shards import is_remote, repeated_labels, shard_label
 from megamoe.data.split import held_out, key_hash
 from megamoe.data.storage import Storage
+from megamoe.data.urls import unsigned
 from megamoe.errors import DataError
 
 _MAPPED = 1024  # indexes mapped at a time; their pages belong to the system, which shares them among processes
@@ -142,6 +143,10 @@ class Catalog:
             return self._data.quarantine[label]
         return self._index(name).samples
 
+    def is_read(self, source: int, shard: int) -> bool:
+        """Whether a shard is not in quarantine."""
+        return self._place(source, shard)[1] not in self._data.quarantine
+
     def sample(self, source: int, shard: int, sample: int) -> Located:
         """Sample number ``sample`` of those that :meth:`count` counts.
 
@@ -208,7 +213,12 @@ class Catalog:
             self._loaded.move_to_end(shard)
             return self._loaded[shard]
         try:
-            index = learn_index(shard, self._data.index_dir, self._storage.state(shard))
+            try:
+                index = learn_index(shard, self._data.index_dir, self._storage.state(shard))
+            except DataError:
+                if not self._storage.renew(shard):  # the copy in the cache may be older than the index
+                    raise
+                index = learn_index(shard, self._data.index_dir, self._storage.state(shard))
         except CacheUnusable:
             raise
         except DataError as error:
@@ -268,7 +278,8 @@ def data_fingerprint(data: DataSet) -> str:
     """16 hex digits over names, weights and, of up to 10,000 local shards, sizes, in their order.
 
     Two runs with equal fingerprints, seeds and global batches read the same samples in the same order, unless a shard was
-    replaced by another one of its name; its index tells that when it is read. Folders do not count: data may move.
+    replaced by another one of its name; its index tells that when it is read. Folders and signatures of URLs do not count:
+    data may move, and be signed anew.
     """
     digest = hashlib.sha256(f"{data.held_out}\n".encode())
     local = sum(not is_remote(shard) for source in data.sources for shard in source.shards)
@@ -276,5 +287,5 @@ def data_fingerprint(data: DataSet) -> str:
         digest.update(f"{source.weight if len(data.sources) > 1 else 1.0}\n".encode())
         for shard in source.shards:
             size = os.stat(shard).st_size if local <= _SIZED and not is_remote(shard) else ""
-            digest.update(f"{shard.rpartition('/')[2]}\0{size}\n".encode())
+            digest.update(f"{unsigned(shard).rpartition('/')[2]}\0{size}\n".encode())
     return digest.hexdigest()[:16]

@@ -32,7 +32,7 @@ from filelock import FileLock
 from megamoe.data.files import atomic_file
 from megamoe.data.shards import is_remote
 from megamoe.data.tar import Member, open_for_walk, walk
-from megamoe.data.urls import masked
+from megamoe.data.urls import masked, unsigned
 from megamoe.errors import DataError
 
 FORMAT = 3
@@ -226,7 +226,7 @@ def index_path(shard: str | Path, index_dir: Path | None) -> Path:
 
     Without ``index_dir`` it is the one beside the shard in any case. A shard that is not a local file has none beside it.
     """
-    name = os.fspath(shard)
+    name = unsigned(os.fspath(shard))
     remote = is_remote(name)
     if not remote:
         path = Path(name)

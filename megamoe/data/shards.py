@@ -16,7 +16,7 @@ import numpy as np
 from braceexpand import braceexpand
 
 from megamoe.data.names import name_hashes, repeated
-from megamoe.data.urls import masked, scheme
+from megamoe.data.urls import masked, scheme, unsigned
 from megamoe.errors import DataError
 
 _JOIN = re.compile(r"::(?![^\[]*\])")  # but not the one in an IPv6 address: http://[::1]/a.tar
@@ -113,7 +113,7 @@ def repeated_labels(*groups: Sequence[str]) -> dict[str, str]:
     return {
         shard: shown
         if often[shown] == 1
-        else f"{shown}~{hashlib.sha256(shard.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
+        else f"{shown}~{hashlib.sha256(unsigned(shard).encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
         for shard, shown in whole.items()
     }
 

@@ -178,6 +178,7 @@ class LaneStream:
             lanes=self._order.global_batch,
             shuffle_shards=self._order.shuffle_shards,
             anchors=self._state.anchors,
+            is_read=catalog.is_read,
         )
         packers = [
             LanePacker(lane, catalog=catalog, order=order, tokenizer=self._tokenizer, shape=self._shape) for lane in lanes
