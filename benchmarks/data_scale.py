@@ -4,30 +4,33 @@
 
 The shards are named by one brace range of s3:// names, which nobody looks at before they are read. What a shard's index
 would say is simulated: each has ``--samples`` samples, or, in a second pass, between half and one and a half times as
-many. For each number of nodes one rank and one of its workers are measured, each in a process of its own; a node holds
-``--ranks`` of the one and ``--ranks`` times ``--workers`` of the other, and what a node takes is computed from that.
+many. For each number of nodes one rank is measured, in a process of its own that starts the loader's own worker
+processes; in place of decoding, these find where the samples of their lanes lie.
 
 A run is started from nothing and resumed at 1%, 50% and 99% of the third epoch. By then the lanes have drifted apart:
 sequence after sequence each takes ``--per-sequence`` samples, with a standard deviation of ``--deviation``, so after t
-steps its cursor is that of a random walk. Not counted: starting the processes and importing torch (printed beside),
-fetching and indexing the first shards.
+steps its cursor is that of a random walk.
+
+Time is that of the clock, from the names of the shards to the moment at which every worker knows the first sample of each
+of its lanes, the start of the processes included. Memory is the proportional set size (a page that n processes share
+counts 1/n for each) of all processes of a rank, times ``--ranks``. What grows with the data set is the difference to the
+same loader over ten shards; what is left is what Python and the packages of the loader's own processes take. Not counted:
+the rank's own Python and torch, fetching and indexing the first shards, pixels on their way, pages of mapped indexes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import math
 import multiprocessing
-import pickle
-import resource
 import statistics
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,68 +39,31 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.located import INDEX, Case, LocateWork
 from megamoe.config.schema import DataConfig, VisionConfig
-from megamoe.data.catalog import Catalog, DataSet, ShardNames, Source, data_fingerprint
+from megamoe.data.catalog import data_fingerprint
 from megamoe.data.loader import StepLoader
-from megamoe.data.order import _SHARDS, Anchor, SampleOrder, _keys, shuffled
-from megamoe.data.shards import expand_shards
+from megamoe.data.order import _SHARDS, Anchor, _keys, shuffled
+from megamoe.data.processes import WorkerProcesses
+from megamoe.data.sources import open_data_set
 from megamoe.data.state import DataState
-from megamoe.data.storage import Storage
 from megamoe.data.tokenizer import Tokenizer
 
 PLACES = (None, 0.01, 0.5, 0.99)  # of the third epoch; None: the start of a run
 OPTIONS = ("shards", "samples", "global_batch", "ranks", "workers", "shuffle_shards", "per_sequence", "deviation", "steps")
-STAGES = ("rank_names", "rank_data_set", "rank_state", "rank_pickle", "worker_unpickle", "worker_catalog", "worker_first")
 GOALS = {"seconds": 2.0, "node_mb": 200.0, "state_kb": 100.0}
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is measured; goes to the measuring processes."""
-
-    shards: int
-    samples: int
-    varying: bool
-    global_batch: int
-    nodes: int
-    ranks: int
-    workers: int
-    shuffle_shards: int
-    per_sequence: float
-    deviation: float
-    steps: int
-    seed: int = 1
-
-    @property
-    def spec(self) -> str:
-        return f"s3://laion2b-en/shards/{{{0:06d}..{self.shards - 1:06d}}}.tar"
-
-    def count(self, source: int, shard: int) -> int:
-        """Samples of a shard: what its index would say."""
-        if not self.varying:
-            return self.samples
-        return self.samples // 2 + (shard * 2654435761 % (1 << 32)) % (self.samples + 1)
-
-
-class IndexedCatalog(Catalog):
-    """A catalog of shards that are all indexed already, with the counts of a case."""
-
-    def __init__(self, data: DataSet, case: Case) -> None:
-        super().__init__(data, Storage())
-        self.count = case.count  # type: ignore[method-assign]
+FEW = 10  # shards of the data set that stands for none
 
 
 def main() -> None:
     """Measure all cases and print the tables."""
     arguments = _arguments()
     figures: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for nodes in arguments.nodes:
-            for varying in (False, True):
-                case = Case(varying=varying, nodes=nodes, **{name: getattr(arguments, name) for name in OPTIONS})
-                for place in PLACES:
-                    rounds = [_measure(case, place, Path(folder)) for _ in range(arguments.rounds)]
-                    figures.append(_median(rounds))
+    for nodes in arguments.nodes:
+        for varying in (False, True):
+            case = Case(varying=varying, nodes=nodes, **{name: getattr(arguments, name) for name in OPTIONS})
+            for place in PLACES:
+                figures.append(_median([_measure(case, place) for _ in range(arguments.rounds)]))
     print(
         f"{arguments.shards:,} shards of about {arguments.samples:,} samples, global batch {arguments.global_batch}, "
         f"windows of {arguments.shuffle_shards} shards, {arguments.ranks} ranks x {arguments.workers} workers per node; "
@@ -127,31 +93,43 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _measure(case: Case, place: float | None, folder: Path) -> dict[str, Any]:
+def _measure(case: Case, place: float | None) -> dict[str, Any]:
     state = None if place is None else _alone(_drifted, case, place)
-    file = folder / "to-worker"
-    rank = _alone(_rank, case, state, file)
-    worker = _alone(_worker, case, file)
-    per_node = case.ranks * (rank["mb"] + case.workers * worker["mb"])
+    full = _alone(_rank, case, state)
+    few = _few_shards(replace(case, shards=FEW, varying=False))
+    parts = ("rank", "server", "workers")
+    growth = {f"{part}_growth_mb": full[f"{part}_mb"] - few[f"{part}_mb"] for part in parts}
     return {
-        "nodes": case.nodes, "varying": case.varying, "place": place, **_prefixed("rank", rank),
-        **_prefixed("worker", worker), "node_mb": per_node, "state_kb": len(state or "") / 1e3,
-        # a rank's workers are started one after the other and then work at the same time
-        "seconds": rank["names"] + rank["data_set"] + rank["state"] + case.workers * rank["pickle"]
-        + worker["unpickle"] + worker["catalog"] + worker["first"],
-    }  # fmt: skip
+        "nodes": case.nodes,
+        "varying": case.varying,
+        "place": place,
+        **full,
+        **growth,
+        "node_mb": case.ranks * sum(growth.values()),
+        "node_total_mb": case.ranks * (growth["rank_growth_mb"] + full["server_mb"] + full["workers_mb"]),
+        "state_kb": len(state or "") / 1e3,
+    }
 
 
-def _rank(case: Case, state: str | None, file: Path) -> dict[str, float]:
-    """What the training process of a rank does before its workers run; what they get is left in ``file``."""
-    meter = _Meter()
-    shards = expand_shards([case.spec])
-    meter.lap("names")
-    data = DataSet([Source("0", ShardNames(shards))], Path("index"))
+@functools.cache
+def _few_shards(case: Case) -> dict[str, float]:
+    """The same of a data set that stands for none."""
+    return cast(dict[str, float], _alone(_rank, case, None))
+
+
+def _rank(case: Case, state: str | None) -> dict[str, float]:
+    """What a rank does, and its workers, until each lane's first sample is known."""
+    gc.collect()
+    me = psutil.Process()
+    before = me.memory_full_info().pss
+    started, cpu = time.perf_counter(), time.process_time()
+    settings = DataConfig(train=case.spec, workers=case.workers, shuffle_shards=case.shuffle_shards)  # type: ignore[arg-type]
+    data = open_data_set(settings, INDEX)
+    named = time.perf_counter()
     data_fingerprint(data)
-    meter.lap("data_set")
+    known = time.perf_counter()
     loader = StepLoader(
-        DataConfig(workers=case.workers, shuffle_shards=case.shuffle_shards),
+        settings,
         vision=VisionConfig(),
         tokenizer=cast(Tokenizer, None),  # no sample is read
         dataset=data,
@@ -163,49 +141,24 @@ def _rank(case: Case, state: str | None, file: Path) -> dict[str, float]:
     )
     if state is not None:
         loader.go_on_from(DataState.from_json(json.loads(state), "benchmark"))
-    meter.lap("state")
-    sent = pickle.dumps((loader.state, data), pickle.HIGHEST_PROTOCOL)
-    meter.lap("pickle")
-    file.write_bytes(sent)
-    size = len(sent)
-    del sent
-    return {**meter.end(), "pickle_mb": size / 1e6}
-
-
-def _worker(case: Case, file: Path) -> dict[str, float]:
-    """What the first worker of a rank does to find the first sample of each of its lanes, and those of the next steps."""
-    meter = _Meter()
-    sent = file.read_bytes()
-    meter.lap("read")
-    state, data = pickle.loads(sent)
-    del sent
-    meter.lap("unpickle")
-    catalog = IndexedCatalog(data, case)
-    meter.lap("catalog")
-    order = SampleOrder(
-        [len(source.shards) for source in data.sources],
-        [source.weight for source in data.sources],
-        catalog.count,
-        seed=case.seed,
-        lanes=case.global_batch,
-        shuffle_shards=case.shuffle_shards,
-        anchors=state.anchors,
-    )
-    lanes = list(state.cursors)[: -(-len(state.cursors) // case.workers)]
-    for lane in lanes:
-        order.locate(lane, state.cursors[lane])
-    meter.lap("first")
-    taken = round(case.per_sequence)
-    for step in range(case.steps):
-        for lane in lanes:
-            for k in range(taken):
-                order.locate(lane, state.cursors[lane] + step * taken + k)
-    meter.lap("steps")
-    found = meter.end()
-    positions = [state.cursors[lane] * case.global_batch for lane in lanes]
-    window = case.samples * case.shuffle_shards
-    spread = (max(positions) - min(positions)) / window
-    return {**found, "lanes": len(lanes), "spread": spread, "us": 1e6 * found["steps"] / (case.steps * len(lanes) * taken)}
+    ready = time.perf_counter()
+    processes = WorkerProcesses(LocateWork(case, data, loader.state), [1] * case.workers, ahead=1)
+    try:
+        first = [processes.receive(worker) for worker in range(case.workers)]
+        done, rank_cpu = time.perf_counter(), time.process_time() - cpu
+        steps = [processes.receive(worker) for worker in range(case.workers)]
+        gc.collect()
+        rank = me.memory_full_info().pss - before
+        server, *workers = (each.memory_full_info().pss for each in me.children(recursive=True))
+        times = [sum(each.cpu_times()[:2]) for each in me.children(recursive=True)]
+    finally:
+        processes.close()
+    return {
+        "names": named - started, "fingerprint": known - named, "loader": ready - known, "processes": done - ready,
+        "first": max(each["first"] for each in first), "seconds": done - started, "cpu": rank_cpu + sum(times),
+        "us": statistics.mean(each["us"] for each in steps), "spread": max(each["spread"] for each in steps),
+        "rank_mb": rank / 1e6, "server_mb": server / 1e6, "workers_mb": sum(workers) / 1e6,
+    }  # fmt: skip
 
 
 def _drifted(case: Case, place: float) -> str:
@@ -227,38 +180,10 @@ def _drifted(case: Case, place: float) -> str:
     return json.dumps(DataState(dict(enumerate(cursors.tolist())), (anchor,), {}).to_json())
 
 
-class _Meter:
-    """Seconds and growth of the process between laps, and its growth since the meter began."""
-
-    def __init__(self) -> None:
-        gc.collect()
-        self._process = psutil.Process()
-        self._before = self._resident = self._process.memory_info().rss
-        self._times: dict[str, float] = {"imports_mb": self._before / 1e6}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self._times[name] = now - self._last
-        resident = self._process.memory_info().rss
-        self._times[f"{name}_mb"] = (resident - self._resident) / 1e6
-        self._resident, self._last = resident, time.perf_counter()
-
-    def end(self) -> dict[str, float]:
-        gc.collect()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        grown = self._process.memory_info().rss - self._before
-        return {**self._times, "mb": grown / 1e6, "peak_mb": max(grown, peak - self._before) / 1e6}
-
-
 def _alone(function: Any, *arguments: Any) -> Any:
     """The result of a function in a fresh process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
-
-
-def _prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:
-    return {f"{prefix}_{name}": value for name, value in values.items()}
 
 
 def _median(rounds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -277,39 +202,31 @@ def _name(case: dict[str, Any]) -> str:
 def _print_times(cases: list[dict[str, Any]]) -> None:
     print("Time to the first sample of every lane (s), and per sample from then on (µs):\n")
     print(
-        "| nodes | counts | when | names | set and fingerprint | state | pickle, each worker | unpickle | catalog "
-        "| first samples | all | per sample | windows between first and last lane of a worker |"
+        "| nodes | counts | when | names | fingerprint | loader and state | processes and first samples "
+        "| of it: finding them | all | CPU of rank and workers | per sample | windows between first and last lane |"
     )
-    print("|" + " --- |" * 13)
+    print("|" + " --- |" * 12)
     for case in cases:
-        cells = [f"{case[stage]:.3f}" for stage in [*STAGES, "seconds"]]
-        print(f"| {_name(case)} | {' | '.join(cells)} | {case['worker_us']:.1f} | {case['worker_spread']:.1f} |")
+        names = ("names", "fingerprint", "loader", "processes", "first", "seconds", "cpu")
+        cells = [f"{case[name]:.2f}" for name in names]
+        print(f"| {_name(case)} | {' | '.join(cells)} | {case['us']:.1f} | {case['spread']:.1f} |")
 
 
 def _print_memory(cases: list[dict[str, Any]]) -> None:
-    print("\nResident memory (MB) beyond what Python and torch take, and what travels:\n")
-    print(
-        "| nodes | counts | when | rank | its peak | worker | its peak | of it: set | labels | windows | node "
-        "| sent to each worker | state (KB) |"
-    )
-    print("|" + " --- |" * 13)
+    print("\nMemory of a rank and its processes (MB): in brackets, what of it grows with the data set. Node: all ranks.\n")
+    print("| nodes | counts | when | rank | server of the workers | workers | node grows by | node in all | state (KB) |")
+    print("|" + " --- |" * 9)
     for case in cases:
-        order = case["worker_first_mb"] + case["worker_steps_mb"]
-        names = ("rank_mb", "rank_peak_mb", "worker_mb", "worker_peak_mb", "worker_unpickle_mb", "worker_catalog_mb")
-        cells = [*(case[name] for name in names), order, case["node_mb"], case["rank_pickle_mb"], case["state_kb"]]
-        print(f"| {_name(case)} | {' | '.join(f'{cell:.1f}' for cell in cells)} |")
-    imports = max(max(case["rank_imports_mb"], case["worker_imports_mb"]) for case in cases)
-    start = time.perf_counter()
-    _alone(int)
-    seconds = time.perf_counter() - start
-    print(f"\nA process with torch and this script's imports alone: {imports:.0f} MB, {seconds:.1f} s to start.")
+        parts = [f"{case[f'{name}_mb']:.1f} ({case[f'{name}_growth_mb']:.1f})" for name in ("rank", "server", "workers")]
+        cells = [*parts, *(f"{case[name]:.1f}" for name in ("node_mb", "node_total_mb", "state_kb"))]
+        print(f"| {_name(case)} | {' | '.join(cells)} |")
 
 
 def _print_goals(cases: list[dict[str, Any]]) -> None:
     print("\n| goal | worst | met |\n| --- | --- | --- |")
     for name, title in (
         ("seconds", "start and resume (s)"),
-        ("node_mb", "memory of a node (MB)"),
+        ("node_mb", "memory of a node that grows with the data set (MB)"),
         ("state_kb", "saved state (KB)"),
     ):
         worst = max(case[name] for case in cases)

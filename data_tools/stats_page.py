@@ -195,7 +195,7 @@ def _pictures(shown: Sequence[Shown], sample: int) -> list[Picture]:
             break
         try:
             if member.size <= MAX_MEMBER:
-                pictures.append(_picture(name, caption, storage.read(str(shard), [Extent(*member[1:])])[0]))
+                pictures.append(_picture(name, caption, bytes(storage.read(str(shard), [Extent(*member[1:])])[0])))
         except (CorruptSample, DataError):  # there are spare ones; `validate` names the damaged ones
             continue
     storage.close()

@@ -31,7 +31,6 @@ from megamoe.data.catalog import DataSet, Source
 from megamoe.data.decode import decode_image
 from megamoe.data.loader import StepLoader
 from megamoe.data.tokenizer import Tokenizer
-from megamoe.data.worker import start_worker
 
 PROCESSES = 2
 _IN_SEQUENCE = 8
@@ -107,13 +106,8 @@ def _webdataset(shards: list[Path], decode: Callable[[bytes], torch.Tensor], sam
         webdataset.to_tuple("jpg", "txt"),
         webdataset.batched(_BATCH, partial=False),
     ]
-    loader = DataLoader(
-        webdataset.DataPipeline(*stages),
-        batch_size=None,
-        num_workers=PROCESSES,
-        multiprocessing_context="forkserver",
-        worker_init_fn=start_worker,
-    )
+    pipeline = webdataset.DataPipeline(*stages)
+    loader = DataLoader(pipeline, batch_size=None, num_workers=PROCESSES, multiprocessing_context="forkserver")
     return _rate((len(texts) for _, texts in loader), samples)
 
 

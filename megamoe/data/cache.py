@@ -11,14 +11,14 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
 from megamoe.data.files import atomic_file
 from megamoe.data.remote import Download, download
 from megamoe.data.stream import Patience
-from megamoe.data.urls import masked
+from megamoe.data.urls import masked, unsigned
 from megamoe.errors import DataError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -33,6 +33,7 @@ class Fetched:
         path: the local file.
         size: its bytes.
         identity: changes whenever the object does: ETag, date and length, or a hash of the bytes.
+        since: when it came, in seconds since the epoch.
         hit: whether it was there already, or another process brought it meanwhile.
         retries: failures on the way that another try made good.
         received: bytes that came over the network, those that came twice included.
@@ -42,6 +43,7 @@ class Fetched:
     path: Path
     size: int
     identity: str
+    since: float
     hit: bool
     retries: int
     received: int
@@ -53,12 +55,12 @@ class CacheUnusable(DataError):
 
 
 class ShardCache:
-    """Keeps shards under the hash of their whole URL, query included, so that equal file names never mix.
+    """Keeps shards under the hash of their whole URL, so that equal file names never mix; only signatures do not count.
 
     One process of the node downloads a shard, and the others that want it wait. Locks belong to the kernel (``flock``):
     one whose holder dies is free at once. So ``folder`` has to be on a disk of the node, not on a network file system.
 
-    A cached shard is not asked for again, even if its source replaces it: see :meth:`forget`. Above ``limit_bytes`` the
+    Nobody asks the source whether a cached shard is still the same: see :meth:`forget`. Above ``limit_bytes`` the
     shards used longest ago go first; downloads under way come on top of the limit, and so do shards that are gone but
     still open somewhere: on POSIX they stay readable, and take space, until they are closed.
 
@@ -71,20 +73,14 @@ class ShardCache:
         self.limit_bytes = limit_bytes
         self._patience = patience or Patience()
 
-    def fetch(self, url: str) -> Fetched:
-        """Bring the shard to the local disk. The limit may remove it again before it is opened: see :meth:`open`.
+    def open(self, url: str) -> tuple[BinaryIO, Fetched]:
+        """The shard, open for reading, which the limit cannot take away any more; downloaded if need be.
 
         Raises:
             ShardUnavailable: it cannot be had.
             CacheUnusable: the cache cannot be written, or its disk is full.
             DataError: the shard is larger than the limit.
         """
-        file, fetched = self.open(url)
-        file.close()
-        return fetched
-
-    def open(self, url: str) -> tuple[BinaryIO, Fetched]:
-        """As :meth:`fetch`, and open for reading, which the limit cannot take away any more."""
         started = time.monotonic()
         key = _key(url)
         try:
@@ -94,7 +90,7 @@ class ShardCache:
                 if file is None:
                     cost = self._download(url, key)
                     file = open(self._path(key, "tar"), "rb")  # noqa: SIM115 (the caller's)
-                about = json.loads(self._path(key, "json").read_text())
+                about = self._about(key)
         except OSError as error:
             raise CacheUnusable(self._unusable(url, error)) from error
         seconds = time.monotonic() - started
@@ -102,19 +98,33 @@ class ShardCache:
             path=self._path(key, "tar"),
             size=about["size"],
             identity=about["identity"],
+            since=about["fetched"],
             hit=cost is None,
             retries=cost.retries if cost else 0,
             received=cost.received if cost else 0,
             seconds=seconds,
         )
 
-    def forget(self, url: str) -> None:
-        """Drop the shard, so that the next :meth:`fetch` downloads it: its bytes turned out to be damaged, or old."""
+    def forget(self, url: str, since: float | None = None) -> None:
+        """Drop the shard, so that the next :meth:`open` downloads it: its bytes turned out to be damaged, or old.
+
+        ``since``: only the copy that came then. Another process may have brought a new one.
+        """
+        key = _key(url)
         try:
-            with self._lock(_key(url)):
-                self._remove(_key(url))
+            with self._lock(key):
+                if since is None or self._about(key).get("fetched") == since:
+                    self._remove(key)
         except OSError as error:
             raise CacheUnusable(self._unusable(url, error)) from error
+
+    def _about(self, key: str) -> dict[str, Any]:
+        """What is known of a cached shard; nothing if it is not there, or its file is damaged."""
+        try:
+            about = json.loads(self._path(key, "json").read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return about if {"size", "identity", "fetched"} <= about.keys() else {}
 
     def _cached(self, key: str) -> BinaryIO | None:
         """The shard, open, if it is there and whole; it counts as used now."""
@@ -125,13 +135,10 @@ class ShardCache:
             return None
         with ExitStack() as stack:
             stack.enter_context(file)
-            try:
-                size = json.loads(about.read_text())["size"]
-                _touch(about)
-            except (FileNotFoundError, ValueError, KeyError):  # a process died between the two files
+            # a process may have died between the two files
+            if self._about(key).get("size") != os.fstat(file.fileno()).st_size:
                 return None
-            if size != os.fstat(file.fileno()).st_size:
-                return None
+            _touch(about)
             stack.pop_all()
         return file
 
@@ -216,7 +223,7 @@ def _touch(path: Path) -> None:
 
 
 def _key(url: str) -> str:
-    return hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(unsigned(url).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _hash(file: BufferedRandom) -> str:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from megamoe.data.cache import CacheUnusable, ShardCache
 from megamoe.data.decode import CorruptSample
@@ -22,9 +21,11 @@ from megamoe.data.remote import ShardUnavailable
 from megamoe.data.shards import is_remote, repeated_labels, shard_label
 from megamoe.data.split import held_out, key_hash
 from megamoe.data.storage import Storage
+from megamoe.data.urls import unsigned
 from megamoe.errors import DataError
 
-_CACHED_SAMPLES = 1 << 20  # indexes kept in memory describe at most this many samples (about 60 MB)
+_MAPPED = 1024  # indexes mapped at a time; their pages belong to the system, which shares them among processes
+_PLACES = 4096  # names kept at hand
 _SIZED = 10_000  # sizes of so many local shards are part of the fingerprint; more would take a start-up too long
 
 Quarantine = Mapping[str, int]
@@ -50,37 +51,6 @@ class InQuarantine(CorruptSample):
     """The sample's shard is not read any more."""
 
 
-class ShardNames(Sequence[str]):
-    """Names of shards in shared memory: another process gets a handle to them, not a copy."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self._bytes = torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8)
-        self._ends = torch.from_numpy(np.cumsum([len(name) for name in encoded], dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    @overload
-    def __getitem__(self, place: int) -> str: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[str]: ...
-    def __getitem__(self, place: int | slice) -> str | list[str]:
-        if isinstance(place, slice):
-            return [self[n] for n in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        place %= len(self)
-        start = int(self._ends[place - 1]) if place else 0
-        return os.fsdecode(self._bytes[start : int(self._ends[place])].numpy().tobytes())
-
-    def __iter__(self) -> Iterator[str]:
-        data, start = self._bytes.numpy().tobytes(), 0
-        for end in self._ends.tolist():
-            yield os.fsdecode(data[start:end])
-            start = end
-
-
 @dataclass(frozen=True)
 class Source:
     """Shards that are mixed with those of other sources; ``weight`` is its share of the samples read."""
@@ -91,11 +61,17 @@ class Source:
 
 
 class Located(NamedTuple):
-    """A sample: its id ``<shard>#<key>``, its shard, and where in it its members lie."""
+    """A sample: its id ``<shard>#<key>``, its shard, and where in it its members lie.
+
+    ``left_out``: samples that are never read and are to be counted with this one: (id, why). They lack a picture or a
+    caption, or their key comes twice. They are spread evenly over those that are read, so that at any time their share is
+    that of the shards read so far.
+    """
 
     id: str
     shard: str
     entry: SampleEntry
+    left_out: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -117,8 +93,7 @@ class DataSet:
     repeated: Mapping[str, str] = field(init=False, repr=False)  # labels of shards whose file names are not unique
 
     def __post_init__(self) -> None:
-        every = (shard for source in self.sources for shard in source.shards)
-        object.__setattr__(self, "repeated", repeated_labels(every))
+        object.__setattr__(self, "repeated", repeated_labels(*(source.shards for source in self.sources)))
 
     def label(self, source: int, shard: int) -> str:
         """A shard's name in sample ids: see :func:`megamoe.data.shards.shard_labels`."""
@@ -127,8 +102,8 @@ class DataSet:
     def find(self, label: str) -> tuple[int, int]:
         """Source and number of the shard of this name in sample ids."""
         for source, each in enumerate(self.sources):
-            for number in range(len(each.shards)):
-                if self.label(source, number) == label:
+            for number, shard in enumerate(each.shards):
+                if shard_label(shard, self.repeated) == label:
                     return source, number
         raise KeyError(label)
 
@@ -151,10 +126,11 @@ class Catalog:
         self._data = data
         self._storage = storage
         self._loaded: OrderedDict[str, _Known] = OrderedDict()
+        self._places: dict[tuple[int, int], tuple[str, str]] = {}
 
     def label(self, source: int, shard: int) -> str:
         """The shard's name in sample ids: see :func:`megamoe.data.shards.shard_labels`."""
-        return self._data.label(source, shard)
+        return self._place(source, shard)[1]
 
     def count(self, source: int, shard: int) -> int:
         """Samples of a shard that training reads. Learns its index if this is the first time.
@@ -162,10 +138,14 @@ class Catalog:
         Raises:
             BadShard: it cannot be used, and is not in quarantine.
         """
-        label = self.label(source, shard)
+        name, label = self._place(source, shard)
         if label in self._data.quarantine:
             return self._data.quarantine[label]
-        return self._index(self._data.sources[source].shards[shard]).samples
+        return self._index(name).samples
+
+    def is_read(self, source: int, shard: int) -> bool:
+        """Whether a shard is not in quarantine."""
+        return self._place(source, shard)[1] not in self._data.quarantine
 
     def sample(self, source: int, shard: int, sample: int) -> Located:
         """Sample number ``sample`` of those that :meth:`count` counts.
@@ -174,29 +154,14 @@ class Catalog:
             InQuarantine: its shard is.
             BadShard: its shard cannot be used.
         """
-        name, label = self._data.sources[source].shards[shard], self.label(source, shard)
+        name, label = self._place(source, shard)
         if label in self._data.quarantine:
             raise InQuarantine("shard: in quarantine")
         known = self._index(name)
         entry = known.index.sample(sample if known.kept is None else int(known.kept[sample]))
-        return Located(f"{label}#{entry.key}", name, entry)
+        return Located(f"{label}#{entry.key}", name, entry, _left_out(known, label, sample))
 
-    def left_out(self, source: int, shard: int, sample: int) -> list[tuple[str, str]]:
-        """Samples that are never read and are to be counted with number ``sample`` of their shard: (id, why).
-
-        They lack a picture or a caption, or their key comes twice. They are spread evenly over those that are read, so
-        that at any time their share is that of the shards read so far.
-        """
-        label = self.label(source, shard)
-        if label in self._data.quarantine:
-            return []
-        known = self._index(self._data.sources[source].shards[shard])
-        if not known.left_out:
-            return []
-        first, last = (n * len(known.left_out) // known.samples for n in (sample, sample + 1))
-        return [(f"{label}#{key}", f"incomplete: {why}") for key, why in known.left_out[first:last]]
-
-    def read(self, located: Located) -> tuple[bytes, bytes]:
+    def read(self, located: Located) -> tuple[memoryview, memoryview]:
         """Bytes of the picture and of the caption of a located sample.
 
         Raises:
@@ -210,15 +175,16 @@ class Catalog:
         except DataError as error:
             raise self._bad(located.shard, error) from error
 
-    def read_all(self, source: int, shard: int, sample: int) -> tuple[str, dict[str, bytes]]:
-        """Key of a sample, numbered as in :meth:`sample`, and the bytes of all its members by extension, in their order.
+    def read_all(self, source: int, shard: int, sample: int) -> tuple[str, dict[str, bytes], Sequence[tuple[str, str]]]:
+        """A sample, numbered as in :meth:`sample`: its key, the bytes of all its members by extension, in their order, and
+        what is left out as in :class:`Located`.
 
         Raises:
             InQuarantine: its shard is.
             BadShard: its shard cannot be used.
         """
-        name = self._data.sources[source].shards[shard]
-        if self.label(source, shard) in self._data.quarantine:
+        name, label = self._place(source, shard)
+        if label in self._data.quarantine:
             raise InQuarantine("shard: in quarantine")
         known = self._index(name)
         number = sample if known.kept is None else int(known.kept[sample])
@@ -229,22 +195,37 @@ class Catalog:
             raise
         except DataError as error:
             raise self._bad(name, error) from error
-        return known.index.key(number), dict(zip(extents, contents, strict=True))
+        members = {ext: bytes(content) for ext, content in zip(extents, contents, strict=True)}
+        return known.index.key(number), members, _left_out(known, label, sample)
+
+    def _place(self, source: int, shard: int) -> tuple[str, str]:
+        """Name and label of a shard, without unpacking them from all names each time."""
+        place = self._places.get((source, shard))
+        if place is None:
+            if len(self._places) >= _PLACES:
+                self._places.clear()
+            name = self._data.sources[source].shards[shard]
+            place = self._places[source, shard] = (name, shard_label(name, self._data.repeated))
+        return place
 
     def _index(self, shard: str) -> _Known:
         if shard in self._loaded:
             self._loaded.move_to_end(shard)
             return self._loaded[shard]
         try:
-            index = learn_index(shard, self._data.index_dir, self._storage.state(shard))
+            try:
+                index = learn_index(shard, self._data.index_dir, self._storage.state(shard))
+            except DataError:
+                if not self._storage.renew(shard):  # the copy in the cache may be older than the index
+                    raise
+                index = learn_index(shard, self._data.index_dir, self._storage.state(shard))
         except CacheUnusable:
             raise
         except DataError as error:
             raise self._bad(shard, error) from error
         known = self._loaded[shard] = _known(index, self._data.held_out)
-        held = sum(each.index.samples for each in self._loaded.values())
-        while held > _CACHED_SAMPLES and len(self._loaded) > 1:
-            held -= self._loaded.popitem(last=False)[1].index.samples
+        if len(self._loaded) > _MAPPED:
+            self._loaded.popitem(last=False)
         return known
 
     def _bad(self, shard: str, error: DataError) -> BadShard:
@@ -252,6 +233,13 @@ class Catalog:
             self._storage.forget(shard)  # a page of HTML in place of a tar must not stay in the cache
         label = shard_label(shard, self._data.repeated)
         return BadShard(str(error), label, self._loaded[shard].samples if shard in self._loaded else -1)
+
+
+def _left_out(known: _Known, label: str, sample: int) -> Sequence[tuple[str, str]]:
+    if not known.left_out:
+        return ()
+    first, last = (n * len(known.left_out) // known.samples for n in (sample, sample + 1))
+    return [(f"{label}#{key}", f"incomplete: {why}") for key, why in known.left_out[first:last]]
 
 
 def learnt_count(data: DataSet, shard: str, cache: ShardCache | None, fetch: bool) -> int:
@@ -290,14 +278,14 @@ def data_fingerprint(data: DataSet) -> str:
     """16 hex digits over names, weights and, of up to 10,000 local shards, sizes, in their order.
 
     Two runs with equal fingerprints, seeds and global batches read the same samples in the same order, unless a shard was
-    replaced by another one of its name; its index tells that when it is read. Folders do not count: data may move.
+    replaced by another one of its name; its index tells that when it is read. Folders and signatures of URLs do not count:
+    data may move, and be signed anew.
     """
     digest = hashlib.sha256(f"{data.held_out}\n".encode())
-    local = [shard for source in data.sources for shard in source.shards if not is_remote(shard)]
-    sized = set(local) if len(local) <= _SIZED else set()
+    local = sum(not is_remote(shard) for source in data.sources for shard in source.shards)
     for source in data.sources:
         digest.update(f"{source.weight if len(data.sources) > 1 else 1.0}\n".encode())
         for shard in source.shards:
-            size = os.stat(shard).st_size if shard in sized else ""
-            digest.update(f"{shard.rpartition('/')[2]}\0{size}\n".encode())
+            size = os.stat(shard).st_size if local <= _SIZED and not is_remote(shard) else ""
+            digest.update(f"{unsigned(shard).rpartition('/')[2]}\0{size}\n".encode())
     return digest.hexdigest()[:16]

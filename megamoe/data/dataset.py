@@ -141,6 +141,7 @@ class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
             lanes=1,  # ranks take turns on a single lane, which therefore knows nothing of the global batch
             shuffle_shards=self._shuffle_shards,
             anchors=progress.anchors,
+            is_read=catalog.is_read,
         )
         try:
             yield from self._samples(progress, data, catalog, order)
@@ -207,8 +208,6 @@ class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
                     return order.locate(0, position)
                 except BadShard as bad:
                     self._set_aside(bad, progress, data)
-                except ValueError as error:
-                    raise DataError("none of the shards of a source has a sample that can be read; look at them") from error
 
         if self._epochs is not None and progress.until is None:
             progress.until = (locate(progress.began).epoch // self._epochs + 1) * self._epochs
@@ -232,8 +231,8 @@ class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
         """The sample, or None if it cannot be had and the handler says to go on."""
         shard = data.sources[ref.source].shards[ref.shard]
         try:
-            key, members = catalog.read_all(ref.source, ref.shard, ref.sample)
-            for name, why in catalog.left_out(ref.source, ref.shard, ref.sample):
+            key, members, left_out = catalog.read_all(ref.source, ref.shard, ref.sample)
+            for name, why in left_out:
                 self._handle(CorruptSample(f"sample {name}: {why}"))
                 progress.lost["incomplete"] += 1
         except BadShard as bad:

@@ -41,7 +41,7 @@ class CorruptSample(Exception):
     """One sample cannot be used; the message is the reason. The reader goes on with the next and counts it as lost."""
 
 
-def decode_image(data: bytes, size: int, out: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
+def decode_image(data: bytes | memoryview, size: int, out: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
     """Decode a JPEG, PNG or WebP (told by its first bytes, not by its name) to RGB.
 
     Transparency is laid on white, the Exif orientation is applied, and of an animation the first frame is taken.
@@ -70,7 +70,7 @@ def decode_image(data: bytes, size: int, out: npt.NDArray[np.uint8] | None = Non
         elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             image = _pillow(data, "WEBP", size)
         else:
-            raise CorruptSample(f"image: not a JPEG, PNG or WebP (begins with {data[:12]!r})")
+            raise CorruptSample(f"image: not a JPEG, PNG or WebP (begins with {bytes(data[:12])!r})")
     except (CorruptSample, MemoryError):
         raise
     except Exception as error:  # decoders answer bad bytes with errors of every type: ValueError, OSError, SyntaxError ...
@@ -80,14 +80,15 @@ def decode_image(data: bytes, size: int, out: npt.NDArray[np.uint8] | None = Non
     return out
 
 
-def decode_caption(data: bytes, ext: str) -> str:
+def decode_caption(data: bytes | memoryview, ext: str) -> str:
     """Text of a ``txt`` member, or the ``"caption"`` of a ``json`` one, without white space around it.
 
     Raises:
         CorruptSample: not UTF-8, no such key, or empty.
     """
     try:
-        text = data.decode("utf-8") if ext == "txt" else json.loads(data.decode("utf-8"))["caption"]
+        text = str(data, "utf-8")
+        text = text if ext == "txt" else json.loads(text)["caption"]
         text = text.strip()
         text.encode("utf-8")  # JSON can spell half of a surrogate pair
     except UnicodeError as error:
@@ -99,7 +100,7 @@ def decode_caption(data: bytes, ext: str) -> str:
     return str(text)
 
 
-def _jpeg(data: bytes, size: int, out: npt.NDArray[np.uint8]) -> Image.Image | None:
+def _jpeg(data: bytes | memoryview, size: int, out: npt.NDArray[np.uint8]) -> Image.Image | None:
     """The picture, or None if it was decoded straight into ``out``."""
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     _check_pixels(width, height)
@@ -118,7 +119,7 @@ def _jpeg(data: bytes, size: int, out: npt.NDArray[np.uint8]) -> Image.Image | N
     return image if rotation is None else image.transpose(rotation)  # after the resize: the result is a square anyway
 
 
-def _has_exif(data: bytes) -> bool:
+def _has_exif(data: bytes | memoryview) -> bool:
     """Whether a segment before the pixels is Exif. To search the bytes for it would take ten times as long."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _START_OF_SCAN:
@@ -129,7 +130,7 @@ def _has_exif(data: bytes) -> bool:
     return False
 
 
-def _pillow(data: bytes, kind: str, size: int) -> Image.Image:
+def _pillow(data: bytes | memoryview, kind: str, size: int) -> Image.Image:
     with warnings.catch_warnings():  # what Pillow calls a bomb and we do not refuse is no news to anybody
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         opened = Image.open(io.BytesIO(data), formats=[kind])
@@ -159,7 +160,7 @@ def _check_pixels(width: int, height: int) -> None:
         raise CorruptSample(f"image: {width} x {height} pixels, more than {MAX_PIXELS} in all")
 
 
-def _check_png(data: bytes) -> None:
+def _check_png(data: bytes | memoryview) -> None:
     at = len(_PNG)
     while at + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, at)

@@ -12,14 +12,18 @@ under a name that tells equal file names of different folders apart.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import mmap
 import os
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +32,7 @@ from filelock import FileLock
 from megamoe.data.files import atomic_file
 from megamoe.data.shards import is_remote
 from megamoe.data.tar import Member, open_for_walk, walk
-from megamoe.data.urls import masked
+from megamoe.data.urls import masked, unsigned
 from megamoe.errors import DataError
 
 FORMAT = 3
@@ -36,6 +40,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 TEXT_EXTENSIONS = ("txt", "json")
 _EXTENSIONS = IMAGE_EXTENSIONS + TEXT_EXTENSIONS  # an extension is stored as its place in here
 _NAME = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$", re.DOTALL)  # key and extension, as webdataset splits them
+_NPY_HEAD = 4096  # bytes in which an array's own header fits: NumPy writes 128 for such arrays
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's names for what is no sample
 
 
@@ -221,7 +226,7 @@ def index_path(shard: str | Path, index_dir: Path | None) -> Path:
 
     Without ``index_dir`` it is the one beside the shard in any case. A shard that is not a local file has none beside it.
     """
-    name = os.fspath(shard)
+    name = unsigned(os.fspath(shard))
     remote = is_remote(name)
     if not remote:
         path = Path(name)
@@ -259,29 +264,55 @@ def read_index(shard: str | Path, index_dir: Path | None) -> ShardIndex:
     path = index_path(shard, index_dir)
     damaged = f"index {path}: damaged; {_remedy(shard)}"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            content = json.loads(arrays["header"].tobytes())
-            if content["format"] != FORMAT:
-                raise DataError(f"index {path}: format {content['format']}, not {FORMAT}; {_remedy(shard)}")
-            names = json.loads(arrays["names"].tobytes())
-            index = ShardIndex(
-                IndexHeader(**content),
-                arrays["table"],
-                arrays["keys"],
-                arrays["key_ends"],
-                arrays["others"],
-                arrays["other_ends"],
-                names["extensions"],
-                [(key, why) for key, why in names["incomplete"]],
-                names["duplicates"],
-            )
+        arrays = _mapped(path)
+        content = json.loads(arrays["header"].tobytes())
+        if content["format"] != FORMAT:
+            raise DataError(f"index {path}: format {content['format']}, not {FORMAT}; {_remedy(shard)}")
+        names = json.loads(arrays["names"].tobytes())
+        index = ShardIndex(
+            IndexHeader(**content),
+            arrays["table"],
+            arrays["keys"],
+            arrays["key_ends"],
+            arrays["others"],
+            arrays["other_ends"],
+            names["extensions"],
+            [(key, why) for key, why in names["incomplete"]],
+            names["duplicates"],
+        )
     except FileNotFoundError as error:
         raise DataError(f"shard {masked(str(shard))}: has no index; {_remedy(shard)}") from error
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, struct.error, zipfile.BadZipFile) as error:
         raise DataError(damaged) from error
     if index.table.shape != (index.samples, 8) or {len(index.key_ends), len(index.other_ends)} != {index.samples}:
         raise DataError(damaged)
     return index
+
+
+def _mapped(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of an ``npz`` as views of the file, read-only: all processes of a node share one copy of its pages.
+
+    Raises:
+        OSError, ValueError, ...: it is missing or damaged.
+    """
+    arrays = {}
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        for member in archive.infolist():
+            lengths = struct.unpack_from("<HH", whole, member.header_offset + 26)  # of name and extra field before it
+            start = member.header_offset + 30 + sum(lengths)
+            content = whole[start : start + member.file_size]
+            if member.compress_type != zipfile.ZIP_STORED or zlib.crc32(content) != member.CRC:
+                raise ValueError("wrong CRC")
+            head = io.BytesIO(content[:_NPY_HEAD])
+            if np.lib.format.read_magic(head) != (1, 0):
+                raise ValueError("another version of the format")
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(head)
+            if fortran or dtype.hasobject:
+                raise ValueError("not plain rows of numbers")
+            array: npt.NDArray[Any] = np.ndarray(shape, dtype, content, head.tell())
+            arrays[member.filename.removesuffix(".npy")] = array
+    return arrays
 
 
 def learn_index(shard: str | Path, index_dir: Path | None, state: ShardState | None = None) -> ShardIndex:

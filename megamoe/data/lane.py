@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from megamoe.data.catalog import Catalog, InQuarantine
+from megamoe.data.catalog import Catalog, InQuarantine, Located
 from megamoe.data.decode import CorruptSample, decode_caption, decode_image
 from megamoe.data.order import SampleOrder
 from megamoe.data.pack import PackShape, SequenceBuilder
@@ -48,6 +49,15 @@ class PackedSequence:
     counters: Counter[tuple[int, str]]
 
 
+class _Ready(NamedTuple):
+    """A sample as it goes into a sequence, but for its picture, which is not decoded yet."""
+
+    cursor: int
+    image: memoryview
+    size: int
+    caption: list[int]
+
+
 class LanePacker:
     """Packs the sequences of one lane.
 
@@ -62,6 +72,7 @@ class LanePacker:
         self._order = order
         self._tokenizer = tokenizer
         self._shape = shape
+        self._waiting: _Ready | None = None  # what the next sequence begins with
 
     def next_sequence(self, cursor: int, pixels: npt.NDArray[np.uint8], tokens: npt.NDArray[np.int64]) -> PackedSequence:
         """Fill one sequence, beginning with the lane's sample number ``cursor``.
@@ -82,20 +93,19 @@ class LanePacker:
         in_a_row = 0
         while not builder.full:
             ref = self._order.locate(self.lane, cursor)
-            source = ref.source
-            name = f"{self._catalog.label(source, ref.shard)}#sample {ref.sample}"  # until its key is known
+            source, located = ref.source, None
             try:
                 located = self._catalog.sample(source, ref.shard, ref.sample)
-                name = located.id
-                image, text = self._catalog.read(located)
+                ready = self._ready(cursor, located)
                 # text first: it is cheap and decides whether the picture is worth decoding now
-                caption = self._tokenizer.encode(decode_caption(text, located.entry.text_ext))
-                if not builder.fits(caption):
+                if not builder.fits(ready.caption):
+                    self._waiting = ready
                     break
                 started = time.perf_counter()
-                decode_image(image, self._shape.image_size, out=builder.next_picture)
+                decode_image(ready.image, self._shape.image_size, out=builder.next_picture)
                 counters[source, "decode_seconds"] += time.perf_counter() - started  # type: ignore[assignment]
             except CorruptSample as corrupt:
+                name = located.id if located else f"{self._catalog.label(source, ref.shard)}#sample {ref.sample}"
                 lost.append(LostSample(self.lane, name, str(corrupt)))
                 counters[source, f"lost_{str(corrupt).partition(':')[0]}"] += 1
                 in_a_row += not isinstance(corrupt, InQuarantine)  # which are many in a row, and others follow
@@ -105,14 +115,27 @@ class LanePacker:
                         "look at the shards"
                     ) from corrupt
             else:
-                builder.add(caption)
-                samples.append(name)
+                builder.add(ready.caption)
+                samples.append(located.id)
                 counters[source, "samples"] += 1
-                counters[source, "bytes"] += len(image) + len(text)
+                counters[source, "bytes"] += ready.size
                 in_a_row = 0
-            for left_out, why in self._catalog.left_out(source, ref.shard, ref.sample):
-                lost.append(LostSample(self.lane, left_out, why))
-                counters[source, "lost_incomplete"] += 1
+            if located:
+                for left_out, why in located.left_out:
+                    lost.append(LostSample(self.lane, left_out, why))
+                    counters[source, "lost_incomplete"] += 1
             cursor += 1
         builder.finish()
         return PackedSequence(samples, lost, builder.truncated, builder.targets, cursor, counters)
+
+    def _ready(self, cursor: int, located: Located) -> _Ready:
+        """Sample number ``cursor`` of the lane, read now or when it did not fit into the sequence before.
+
+        Raises:
+            CorruptSample: its caption cannot be used.
+        """
+        if self._waiting is not None and self._waiting.cursor == cursor:
+            return self._waiting
+        image, text = self._catalog.read(located)
+        caption = self._tokenizer.encode(decode_caption(text, located.entry.text_ext))
+        return _Ready(cursor, image, len(image) + len(text), caption)

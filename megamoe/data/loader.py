@@ -7,20 +7,16 @@ who carries it, so the global batch of a step is the same, bit for bit, for ever
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
-import multiprocessing.connection
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from megamoe.config.schema import DataConfig, VisionConfig
 from megamoe.data.cache import ShardCache
@@ -28,9 +24,10 @@ from megamoe.data.catalog import DataSet, learnt_count
 from megamoe.data.lane import LostSample, PackedSequence
 from megamoe.data.order import Anchor
 from megamoe.data.pack import PackShape
+from megamoe.data.processes import WorkerProcesses
 from megamoe.data.state import DataState, earliest
 from megamoe.data.tokenizer import Tokenizer
-from megamoe.data.worker import LaneStream, OrderSettings, WorkerError, WorkerItem, start_worker
+from megamoe.data.worker import Buffer, LaneStream, OrderSettings, WorkerError, WorkerItem
 from megamoe.errors import DataError, UserError
 
 
@@ -80,7 +77,7 @@ class StepLoader(Iterator[StepBatch]):
         BadShard: while iterating: a shard cannot be used. The state is that before the step, and iterating may go on
             after :meth:`set_aside`.
         DataError: while iterating: too many samples in a row are corrupt.
-        RuntimeError: while iterating: a worker process died.
+        WorkerDied: while iterating: a worker process died.
     """
 
     def __init__(
@@ -113,32 +110,29 @@ class StepLoader(Iterator[StepBatch]):
         self._prefetch = data.prefetch
         self._dataset = dataset
         self._cache = cache
-        # A worker has ``prefetch`` items under way, the caller may hold two, and one is on its way between them.
-        self._buffers = data.prefetch + 3
-        self._held: deque[list[WorkerItem]] = deque(maxlen=self._buffers)
         self._make_stream = partial(
             LaneStream,
-            buffers=self._buffers,
+            buffers=data.prefetch
+            + 3,  # items that a worker has ready, the one that it makes, and two that the caller holds
             cache=cache,
             tokenizer=tokenizer,
             shape=PackShape(data.sequence_length, data.images_per_sequence, vision.image_size, vision.patches),
             order=OrderSettings(seed, global_batch, data.shuffle_shards),
         )
         self._global_batch = global_batch
-        self._items: Any = None  # the running iterator, in process or over workers
+        self._running: _InProcess | _InWorkers | None = None
 
     def __next__(self) -> StepBatch:
         start = time.perf_counter()
-        if self._items is None:
-            self._items = self._start()
+        if self._running is None:
+            stream = self._make_stream(self._state, data=replace(self._dataset, quarantine=self._state.quarantine))
+            self._running = _InWorkers(stream, self._workers, self._prefetch) if self._workers else _InProcess(stream)
         try:
-            items = [self._receive() for _ in range(max(1, self._workers))]
+            parts = self._running.next_step()
         except BaseException:
             self.close()
             raise
-        # As long as they are held here their memory stays mapped, and is not mapped anew each time it comes round.
-        self._held.append(items)
-        return self._assemble(items, start)
+        return self._assemble(parts, start)
 
     @property
     def state(self) -> DataState:
@@ -172,19 +166,9 @@ class StepLoader(Iterator[StepBatch]):
 
     def close(self) -> None:
         """End the workers. What they had prepared is dropped; the state is that of the last step handed out."""
-        items, self._items = self._items, None
-        self._held.clear()
-        atexit.unregister(self.close)
-        if items is None:
-            return
-        if not self._workers:
-            items.close()
-            return
-        workers = list(items._workers)  # torch has no public way to end the workers of an iterator at a given time
-        items._shutdown_workers()
-        for worker in workers:
-            if worker.is_alive():  # deaf to SIGTERM, and perhaps stuck in a read
-                worker.kill()
+        running, self._running = self._running, None
+        if running is not None:
+            running.close()
 
     def __enter__(self) -> StepLoader:
         return self
@@ -192,75 +176,90 @@ class StepLoader(Iterator[StepBatch]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _start(self) -> Any:
-        dataset = replace(self._dataset, quarantine=self._state.quarantine)
-        stream = self._make_stream(self._state, data=dataset)
-        if not self._workers:
-            return iter(stream)
-        # a fork server starts workers from a clean process (no CUDA, no threads) that has imported torch only once
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["megamoe.data.deaf", "megamoe.data.worker"])
-        loader = DataLoader(
-            stream,
-            batch_size=None,
-            num_workers=self._workers,
-            prefetch_factor=self._prefetch,
-            multiprocessing_context=context,
-            worker_init_fn=start_worker,
-            generator=torch.Generator(),  # or it would draw from the global one, and change what the model draws
-        )
-        atexit.register(self.close)  # before multiprocessing waits for workers that nobody told to end
-        return iter(loader)
-
-    def _receive(self) -> WorkerItem:
-        try:
-            item = next(self._items)
-        except (RuntimeError, OSError, EOFError) as error:  # also what reading from a dead worker's socket gives
-            dead = self._dead_workers()
-            if not dead:
-                raise
-            raise RuntimeError(
-                f"data worker {', '.join(dead)} died; if it was killed for memory, lower data.workers or data.prefetch"
-            ) from error
-        if isinstance(item, WorkerError):
-            raise item.error
-        assert isinstance(item, WorkerItem)
-        return item
-
-    def _dead_workers(self) -> list[str]:
-        workers = list(getattr(self._items, "_workers", []))
-        if workers:  # a connection breaks a moment before its process is known to be gone
-            multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
-        return [
-            f"{number} (pid {worker.pid}, exit code {worker.exitcode})"
-            for number, worker in enumerate(workers)
-            if not worker.is_alive()
-        ]
-
-    def _assemble(self, items: list[WorkerItem], start: float) -> StepBatch:
-        rows = {lane: (item, row) for item in items for row, lane in enumerate(item.lanes)}
-        sequences = {lane: item.sequences[row] for lane, (item, row) in rows.items()}
+    def _assemble(self, parts: list[_Part], start: float) -> StepBatch:
+        items = [part.item for part in parts]
+        rows = {lane: (part, row) for part in parts for row, lane in enumerate(part.item.lanes)}
+        sequences = {lane: part.item.sequences[row] for lane, (part, row) in rows.items()}
         lanes = list(self._state.cursors)
         assert list(rows) == lanes, "workers have contiguous parts of the lanes, in order"
         cursors = {lane: sequences[lane].cursor for lane in lanes}
         self._state = replace(self._state, cursors=cursors, anchors=earliest(item.anchors for item in items))
         in_order: list[PackedSequence] = [sequences[lane] for lane in lanes]
+        counters: Counter[tuple[int, str]] = Counter()
+        for sequence in in_order:
+            counters.update(sequence.counters)
         return StepBatch(
             [(_gather(rows, batch, "pixels"), _gather(rows, batch, "text")) for batch in self._micro_batches],
             samples=[(lane, name) for lane in lanes for name in sequences[lane].samples],
             lost=[lost for sequence in in_order for lost in sequence.lost],
             truncated=sum(sequence.truncated for sequence in in_order),
             targets=sum(sequence.targets for sequence in in_order),
-            counters=sum((sequence.counters for sequence in in_order), Counter()),
+            counters=counters,
             reading=sum((item.counters for item in items), Counter()),
             wait_seconds=time.perf_counter() - start,
         )
 
 
-def _gather(rows: Mapping[int, tuple[WorkerItem, int]], lanes: list[int], what: str) -> Tensor:
+class _Part(NamedTuple):
+    """A worker's part of a step: pixels uint8 (n, I, H, W, 3) and text int64 (n, 3, L) of the n lanes of ``item``."""
+
+    item: WorkerItem
+    pixels: Tensor
+    text: Tensor
+
+
+class _InProcess:
+    """The stream in this process."""
+
+    def __init__(self, stream: LaneStream) -> None:
+        ring = stream.buffers(0, 1)
+        self._tensors = _tensors(ring)
+        self._items = stream.steps(0, 1, ring)
+
+    def next_step(self) -> list[_Part]:
+        item = next(self._items)
+        return [_Part(item, *self._tensors[item.buffer])]
+
+    def close(self) -> None:
+        self._items.close()
+
+
+class _InWorkers:
+    """The stream in worker processes, which fill tensors that lie in shared memory."""
+
+    def __init__(self, stream: LaneStream, workers: int, ahead: int) -> None:
+        self._processes = WorkerProcesses(stream, [stream.buffer_bytes(each, workers) for each in range(workers)], ahead)
+        self._tensors = [
+            _tensors(stream.buffers(each, workers, memory)) for each, memory in enumerate(self._processes.memory)
+        ]
+
+    @property
+    def pids(self) -> list[int]:
+        return self._processes.pids
+
+    def next_step(self) -> list[_Part]:
+        return [self._receive(worker) for worker in range(len(self._tensors))]
+
+    def _receive(self, worker: int) -> _Part:
+        item = self._processes.receive(worker)
+        if isinstance(item, WorkerError):
+            raise item.error
+        assert isinstance(item, WorkerItem)
+        return _Part(item, *self._tensors[worker][item.buffer])
+
+    def close(self) -> None:
+        self._processes.close()
+
+
+def _tensors(ring: list[Buffer]) -> list[tuple[Tensor, Tensor]]:
+    """The buffers as tensors over the same memory."""
+    return [(torch.from_numpy(buffer.pixels), torch.from_numpy(buffer.text)) for buffer in ring]
+
+
+def _gather(rows: Mapping[int, tuple[_Part, int]], lanes: list[int], what: str) -> Tensor:
     """The rows of ``lanes``, as a view where one worker has them all."""
     first, row = rows[lanes[0]]
     if all(rows[lane][0] is first for lane in lanes):  # then they follow each other
         tensor: Tensor = getattr(first, what)[row : row + len(lanes)]
         return tensor
-    return torch.stack([getattr(item, what)[row] for item, row in (rows[lane] for lane in lanes)])
+    return torch.stack([getattr(part, what)[row] for part, row in (rows[lane] for lane in lanes)])

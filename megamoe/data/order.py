@@ -39,6 +39,7 @@ _SHARDS, _WINDOW, _MIXTURE = 0, 1, 2  # what a permutation is of: keeps the fami
 _ROUNDS = 6  # even, so that the halves are back in their places
 
 Count = Callable[[int, int], int]
+IsRead = Callable[[int, int], bool]
 
 
 class SampleRef(NamedTuple):
@@ -68,11 +69,12 @@ class SampleOrder:
         lanes: sequences of the global batch (G).
         shuffle_shards: shards whose samples are shuffled among each other.
         anchors: one per source, to start from; default the beginning.
+        is_read: ``is_read(source, shard)`` is False for a shard whose samples only keep their places; default: all are.
 
     Memory does not grow with shards or samples, but by one number per window that has been passed.
 
     Raises:
-        DataError: from :meth:`locate`: all shards of a source are empty.
+        DataError: from :meth:`locate`: all shards of a source are empty or not read.
     """
 
     def __init__(
@@ -85,13 +87,14 @@ class SampleOrder:
         lanes: int,
         shuffle_shards: int,
         anchors: Sequence[Anchor] | None = None,
+        is_read: IsRead | None = None,
     ) -> None:
         assert len(shards) == len(weights) > 0 and min(shards) > 0 and lanes > 0 and seed >= 0
         self.lanes = lanes
         self._mixture = _Mixture(weights, seed)
         starts = anchors or [Anchor(0, 0)] * len(shards)
         self._sources = [
-            _SourceOrder(number, shards[number], count, seed, shuffle_shards, starts[number])
+            _SourceOrder(number, shards[number], count, seed, shuffle_shards, starts[number], is_read or (lambda *_: True))
             for number in range(len(shards))
         ]
 
@@ -147,8 +150,12 @@ class _Mixture:
 class _SourceOrder:
     """From a position in one source to (epoch, shard, sample). Window starts are known from the anchor on."""
 
-    def __init__(self, number: int, shards: int, count: Count, seed: int, shuffle_shards: int, anchor: Anchor) -> None:
+    def __init__(
+        self, number: int, shards: int, count: Count, seed: int, shuffle_shards: int, anchor: Anchor, is_read: IsRead
+    ) -> None:
         self._number = number
+        self._is_read = is_read
+        self._useless = 0  # windows known last that have no sample that is read
         self._shards = shards
         self._count = count
         self._seed = seed
@@ -179,11 +186,14 @@ class _SourceOrder:
         return Anchor(self._first + place, self._starts[place])
 
     def _learn_next(self) -> None:
-        _, ends, _ = self._windows((self._first + len(self._starts),))
+        shards, ends, _ = self._windows((self._first + len(self._starts),))
         self._starts.append(self._end)
         self._end += ends[-1]
-        whole = 2 * self._per_epoch  # so many windows hold every shard at least once, wherever they begin
-        if len(self._starts) >= whole and self._starts[-whole] == self._end:
+        counts = zip(shards, ends, [0, *ends], strict=False)
+        self._useless += 1
+        if any(end > start and self._is_read(self._number, shard) for shard, end, start in counts):
+            self._useless = 0
+        if self._useless >= 2 * self._per_epoch:  # so many hold every shard at least once, wherever they begin
             raise DataError(
                 f"data.train: no shard of source {self._number} has a sample to train on, all are held out or in "
                 "quarantine; add shards or lower data.held_out"

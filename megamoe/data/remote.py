@@ -10,16 +10,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from megamoe.data.remote_http import open_http
-from megamoe.data.remote_objects import open_object
-from megamoe.data.remote_pipe import open_pipe
 from megamoe.data.stream import Interrupted, Patience, Refused, Stream
 from megamoe.data.tar import BLOCK, checksum_is_right
 from megamoe.data.urls import masked, scheme
 from megamoe.errors import DataError
 
 Open = Callable[[str, int, str | None, Patience], AbstractContextManager[Stream]]
-_OPEN: dict[str, Open] = {"http": open_http, "https": open_http, "pipe": open_pipe}  # everything else: fsspec
 _PROGRESS = 1 << 20  # bytes further than ever before make a connection that breaks again and again worth going on with
 
 
@@ -65,10 +61,26 @@ def download(url: str, file: BinaryIO, patience: Patience | None = None, largest
     return _Attempts(url, file, patience or Patience(), largest).run()
 
 
+def opener(url: str) -> Open:
+    """What opens ``url``. Imported when it is needed: processes that read local shards do without the packages."""
+    kind = scheme(url)
+    if kind in ("http", "https"):
+        from megamoe.data.remote_http import open_http
+
+        return open_http
+    if kind == "pipe":
+        from megamoe.data.remote_pipe import open_pipe
+
+        return open_pipe
+    from megamoe.data.remote_objects import open_object
+
+    return open_object
+
+
 class _Attempts:
     def __init__(self, url: str, file: BinaryIO, patience: Patience, largest: int | None) -> None:
         self._url = url
-        self._open = _OPEN.get(scheme(url) or "", open_object)
+        self._open = opener(url)
         self._file = file
         self._patience = patience
         self._largest = largest

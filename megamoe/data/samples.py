@@ -6,19 +6,24 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from megamoe.data.cache import ShardCache
+from megamoe.data.cache import CacheUnusable, ShardCache
 from megamoe.data.decode import CorruptSample, decode_caption, decode_image
 from megamoe.data.index import SampleEntry, build_index, index_path, load_index
+from megamoe.data.remote import ShardUnavailable
 from megamoe.data.shards import expand_shards, is_remote, shard_labels
 from megamoe.data.split import held_out, key_hash
 from megamoe.data.storage import Storage
+from megamoe.errors import DataError
 
 logger = logging.getLogger(__name__)
+_Read = TypeVar("_Read")
 OnLost = Callable[[str, str], None]
 
 
@@ -38,6 +43,7 @@ def read_samples(
     limit: int | None = None,
     on_lost: OnLost | None = None,
     *,
+    on_bad: OnLost | None = None,
     cache: ShardCache | None = None,
     share: float = 1.0,
 ) -> Iterator[Sample]:
@@ -47,57 +53,76 @@ def read_samples(
     this ``data.held_out`` never trains on are read.
 
     ``on_lost(id, reason)`` is called for each sample that cannot be used, incomplete ones and second ones of a key
-    included; without it each is logged as a warning.
+    included; without it each is logged as a warning. ``on_bad(shard, reason)`` is called for a shard that cannot be used;
+    the rest of it is left out.
+
+    Raises:
+        DataError: a shard cannot be used, and there is no ``on_bad``.
     """
-    given = 0
-    storage = Storage(cache)
-    lose = on_lost or _log
-    with closing(storage):
-        for name, path, entry in _entries(specs, index_dir, lose, storage, share):
-            if limit is not None and given >= limit:
-                return
-            try:
-                image, text = storage.read(path, (entry.image, entry.text))
-                caption = decode_caption(text, entry.text_ext)
-                sample = Sample(name, decode_image(image, image_size), caption)
-            except CorruptSample as corrupt:
-                lose(name, str(corrupt))
-                continue
-            given += 1
-            yield sample
+    with closing(Storage(cache)) as storage:
+
+        def read(name: str, shard: str, entry: SampleEntry) -> Sample:
+            image, text = storage.read(shard, (entry.image, entry.text))
+            caption = decode_caption(text, entry.text_ext)
+            return Sample(name, decode_image(image, image_size), caption)
+
+        yield from islice(_read_all(read, specs, index_dir, on_lost or _log, on_bad, storage, share), limit)
 
 
 def read_captions(specs: Sequence[str], index_dir: Path | None = None, on_lost: OnLost | None = None) -> Iterator[str]:
     """Yield the captions of the shards in order, no picture decoded; lost ones as in :func:`read_samples`."""
-    storage = Storage()
-    lose = on_lost or _log
-    with closing(storage):
-        for name, path, entry in _entries(specs, index_dir, lose, storage):
-            try:
-                (text,) = storage.read(path, [entry.text])
-                caption = decode_caption(text, entry.text_ext)
-            except CorruptSample as corrupt:
-                lose(name, str(corrupt))
-                continue
-            yield caption
+    with closing(Storage()) as storage:
+
+        def read(name: str, shard: str, entry: SampleEntry) -> str:
+            (text,) = storage.read(shard, [entry.text])
+            return decode_caption(text, entry.text_ext)
+
+        yield from _read_all(read, specs, index_dir, on_lost or _log, None, storage, 1.0)
+
+
+def _read_all(
+    read: Callable[[str, str, SampleEntry], _Read],
+    specs: Sequence[str],
+    index_dir: Path | None,
+    lose: OnLost,
+    on_bad: OnLost | None,
+    storage: Storage,
+    share: float,
+) -> Iterator[_Read]:
+    shards = expand_shards(specs)
+    for shard, label in zip(shards, shard_labels(shards), strict=True):
+        try:
+            for name, entry in _entries(shard, label, index_dir, lose, storage, share):
+                try:
+                    sample = read(name, shard, entry)
+                except CorruptSample as corrupt:
+                    lose(name, str(corrupt))
+                    continue
+                yield sample
+        except CacheUnusable:  # a full disk of ours is no fault of the shard
+            raise
+        except DataError as error:
+            if not isinstance(error, ShardUnavailable):
+                storage.forget(shard)
+            if on_bad is None:
+                raise
+            on_bad(label, str(error))
 
 
 def _entries(
-    specs: Sequence[str], index_dir: Path | None, lose: OnLost, storage: Storage, share: float = 1.0
-) -> Iterator[tuple[str, str, SampleEntry]]:
-    shards = expand_shards(specs)
-    for shard, label in zip(shards, shard_labels(shards), strict=True):
-        # reading writes nothing: where there is no index it is made for this pass only
-        state = storage.state(shard)
-        known = (index_dir is not None or not is_remote(shard)) and index_path(shard, index_dir).exists()
-        index = load_index(shard, index_dir, state) if known else build_index(shard, state)
-        for key, why in [*index.incomplete, *((key, "key comes twice") for key in index.duplicates)]:
-            if _is_read(key, share):
-                lose(f"{label}#{key}", why)
-        for i in range(index.samples):
-            entry = index.sample(i)
-            if _is_read(entry.key, share):
-                yield f"{label}#{entry.key}", shard, entry
+    shard: str, label: str, index_dir: Path | None, lose: OnLost, storage: Storage, share: float
+) -> Iterator[tuple[str, SampleEntry]]:
+    # reading writes nothing: where there is no index it is made for this pass only
+    state = storage.state(shard)
+    known = (index_dir is not None or not is_remote(shard)) and index_path(shard, index_dir).exists()
+    index = load_index(shard, index_dir, state) if known else build_index(shard, state)
+    for key, why in [*index.incomplete, *((key, "key comes twice") for key in index.duplicates)]:
+        if _is_read(key, share):
+            lose(f"{label}#{key}", why)
+    for i in range(index.samples):
+        entry = index.sample(i)
+        if _is_read(entry.key, share):
+            yield f"{label}#{entry.key}", entry
 
 
 def _is_read(key: str, share: float) -> bool:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import os
 import re
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from braceexpand import braceexpand
 
-from megamoe.data.urls import masked, scheme
+from megamoe.data.names import name_hashes, repeated
+from megamoe.data.urls import masked, scheme, unsigned
 from megamoe.errors import DataError
 
 _JOIN = re.compile(r"::(?![^\[]*\])")  # but not the one in an IPv6 address: http://[::1]/a.tar
@@ -41,23 +45,31 @@ def expand_shards(specs: Sequence[str]) -> list[str]:
     Raises:
         DataError: a spec names nothing, a local shard is missing, or a shard is named twice.
     """
-    names = [(name, part) for spec in specs for part in _JOIN.split(spec) for name in _names(part, spec)]
-    disk = _Disk(many=len(names) > _MANY)
-    shards: list[str] = []
-    seen: set[str] = set()
-    for name, part in names:
-        remote = scheme(name) is not None
-        for shard in _remote(name, part) if remote else _local(name, disk):
-            real = shard if remote else disk.real(shard)
+    return list(iter_shards(specs))
+
+
+def iter_shards(specs: Sequence[str]) -> Iterator[str]:
+    """As :func:`expand_shards`, one after the other: hundreds of thousands of names are never all in memory.
+
+    Raises:
+        DataError: likewise; for a shard that is named twice, after the last one.
+    """
+    disk = _Disk(many=any(True for _ in itertools.islice(_expanded(specs), _MANY, None)))
+    files = array("q")  # numbers in place of names: see megamoe.data.names
+    for shard, real in _found(specs, disk):
+        files.append(hash(real))
+        yield shard
+    if not files:
+        raise DataError("no shards are named: give a folder, a glob, path/{00000..00063}.tar or a URL")
+    if twice := repeated(np.asarray(files)):
+        seen: set[str] = set()
+        for shard, real in _found(specs, disk):
             if real in seen:
                 raise DataError(
                     f"shard {masked(shard)}: named twice; its samples would be seen twice per epoch, name it once"
                 )
-            seen.add(real)
-            shards.append(shard)
-    if not shards:
-        raise DataError("no shards are named: give a folder, a glob, path/{00000..00063}.tar or a URL")
-    return shards
+            if hash(real) in twice:
+                seen.add(real)
 
 
 def local_shards(specs: Sequence[str]) -> list[Path]:
@@ -79,8 +91,8 @@ def shard_labels(shards: Sequence[str]) -> list[str]:
     move of the data; shards whose file names are equal are named by their whole name, so that ids stay unique. Secrets
     in URLs never become part of an id: where whole names differ in nothing else, a hash of each is added.
     """
-    repeated = repeated_labels(shards)
-    return [shard_label(shard, repeated) for shard in shards]
+    labels = repeated_labels(shards)
+    return [shard_label(shard, labels) for shard in shards]
 
 
 def shard_label(shard: str, repeated: Mapping[str, str]) -> str:
@@ -88,17 +100,20 @@ def shard_label(shard: str, repeated: Mapping[str, str]) -> str:
     return repeated[shard] if shard in repeated else _file_name(shard)
 
 
-def repeated_labels(shards: Iterable[str]) -> dict[str, str]:
-    """Shard -> label, for those whose file names are not unique; usually none."""
+def repeated_labels(*groups: Sequence[str]) -> dict[str, str]:
+    """Shard -> label, for those shards of all groups whose file names are not unique; usually none."""
+    twice = repeated(name_hashes(_file_name(shard) for group in groups for shard in group))
     named: dict[str, list[str]] = {}
-    for shard in shards:
-        named.setdefault(_file_name(shard), []).append(shard)
+    for shard in (shard for group in groups for shard in group) if twice else ():
+        name = _file_name(shard)
+        if hash(name) in twice:
+            named.setdefault(name, []).append(shard)
     whole = {shard: _shown(shard) for group in named.values() if len(group) > 1 for shard in group}
     often = Counter(whole.values())
     return {
         shard: shown
         if often[shown] == 1
-        else f"{shown}~{hashlib.sha256(shard.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
+        else f"{shown}~{hashlib.sha256(unsigned(shard).encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
         for shard, shown in whole.items()
     }
 
@@ -106,6 +121,22 @@ def repeated_labels(shards: Iterable[str]) -> dict[str, str]:
 def is_remote(shard: str) -> bool:
     """Whether ``shard``, as :func:`expand_shards` gives it, is no local file."""
     return scheme(shard) is not None
+
+
+def _expanded(specs: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each name, and the part of a spec that it comes from."""
+    return ((name, part) for spec in specs for part in _JOIN.split(spec) for name in _names(part, spec))
+
+
+def _found(specs: Sequence[str], disk: _Disk) -> Iterator[tuple[str, str]]:
+    """Each shard, and what tells whether it is the same as another one."""
+    for name, part in _expanded(specs):
+        kind = scheme(name)
+        if kind is not None:
+            for shard in _remote(kind, name, part):
+                yield shard, shard
+        else:
+            yield from ((shard, disk.real(shard)) for shard in _local(name, disk))
 
 
 def _names(part: str, spec: str) -> Iterator[str]:
@@ -124,8 +155,7 @@ def _names(part: str, spec: str) -> Iterator[str]:
         raise DataError(f"shards {masked(part)!r}: unbalanced braces; write path/{{00000..00063}}.tar") from error
 
 
-def _remote(name: str, part: str) -> list[str]:
-    kind = scheme(name)
+def _remote(kind: str, name: str, part: str) -> list[str]:
     if kind == "pipe":
         if not name.removeprefix("pipe:").strip():
             raise DataError(f"shards {part!r}: there is no command; write pipe:COMMAND")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from megamoe.config.schema import DataConfig
 from megamoe.data.cache import ShardCache
-from megamoe.data.catalog import DataSet, ShardNames, Source
-from megamoe.data.shards import expand_shards
+from megamoe.data.catalog import DataSet, Source
+from megamoe.data.names import ShardNames, name_hashes, repeated
+from megamoe.data.shards import iter_shards
+from megamoe.data.urls import masked
 from megamoe.errors import DataError, UserError
 
 
@@ -25,15 +30,26 @@ def open_data_set(data: DataConfig, index_dir: Path) -> DataSet:
     """
     if not data.train:
         raise UserError("data.train is empty: name the training shards, for example data.train=shards/{00000..00063}.tar")
-    sources = []
-    owner: dict[str, str] = {}
-    for number, source in enumerate(data.train):
-        name = source.name or str(number)
-        shards = expand_shards(source.shards)
-        if twice := next((shard for shard in shards if owner.setdefault(shard, name) != name), None):
-            raise DataError(f"shard {twice}: is in the sources {owner[twice]} and {name} of data.train; name it in one")
-        sources.append(Source(name, ShardNames(shards), source.weight))
+    sources = [
+        Source(source.name or str(number), ShardNames(iter_shards(source.shards)), source.weight)
+        for number, source in enumerate(data.train)
+    ]
+    _check_owners(sources)
     return DataSet(sources, data.index or index_dir, data.held_out)
+
+
+def _check_owners(sources: Sequence[Source]) -> None:
+    if len(sources) == 1:
+        return
+    twice = repeated(np.concatenate([name_hashes(source.shards) for source in sources]))
+    owner: dict[str, str] = {}
+    for source in sources if twice else ():
+        for shard in source.shards:
+            if hash(shard) in twice and owner.setdefault(shard, source.name) != source.name:
+                raise DataError(
+                    f"shard {masked(shard)}: is in the sources {owner[shard]} and {source.name} of data.train; "
+                    "name it in one"
+                )
 
 
 def open_cache(data: DataConfig) -> ShardCache:

@@ -28,6 +28,7 @@ _GAP = 1 << 16  # bytes between members that are read in vain rather than asking
 class _OpenShard:
     descriptor: int
     state: ShardState
+    cached_since: float | None = None  # when it came, if somebody had put it into the cache before it was opened
 
 
 class Storage:
@@ -46,8 +47,8 @@ class Storage:
         self._open: OrderedDict[str, _OpenShard] = OrderedDict()
         self.counters: Counter[str] = Counter()
 
-    def read(self, shard: str, extents: Sequence[Extent]) -> list[bytes]:
-        """The contents of members of ``shard``.
+    def read(self, shard: str, extents: Sequence[Extent]) -> list[memoryview]:
+        """The contents of members of ``shard``, read-only.
 
         Members that lie close together, as those of a sample do, are read at once. The tar header in front of each must
         be the one that was indexed: a shard that was replaced since gives an error, not the bytes of another sample.
@@ -63,8 +64,8 @@ class Storage:
             return [self._read(shard, e.offset - BLOCK, e.offset + e.size, [e])[0] for e in extents]
         return self._read(shard, first - BLOCK, last, extents)
 
-    def _read(self, shard: str, first: int, last: int, extents: Sequence[Extent]) -> list[bytes]:
-        data = self._bytes(shard, first, last - first)
+    def _read(self, shard: str, first: int, last: int, extents: Sequence[Extent]) -> list[memoryview]:
+        data = memoryview(self._bytes(shard, first, last - first))
         contents = []
         for offset, size, header in extents:
             at = offset - first
@@ -104,6 +105,15 @@ class Storage:
         if shard in self._open:
             os.close(self._open.pop(shard).descriptor)
 
+    def renew(self, shard: str) -> bool:
+        """Drop what the cache has of ``shard`` unless it was fetched for this reader; whether there was such a copy."""
+        since = self._open[shard].cached_since if shard in self._open else None
+        if since is None or self._cache is None:
+            return False
+        self._cache.forget(shard, since)
+        os.close(self._open.pop(shard).descriptor)
+        return True
+
     def close(self) -> None:
         """Close all files; the next read opens them again."""
         while self._open:
@@ -128,7 +138,8 @@ class Storage:
             self.counters["cache_hits" if fetched.hit else "downloads"] += 1
             self.counters["retries"] += fetched.retries
             self.counters["received"] += fetched.received
-            return _OpenShard(descriptor, ShardState(fetched.path, fetched.size, 0, fetched.identity))
+            state = ShardState(fetched.path, fetched.size, 0, fetched.identity)
+            return _OpenShard(descriptor, state, fetched.since if fetched.hit else None)
         try:
             descriptor = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:

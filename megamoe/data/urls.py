@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
-_SCHEME = re.compile(r"(pipe)(?=:)|([A-Za-z][A-Za-z0-9+.-]*)(?=://)")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
+# What a signature adds to a URL: of S3 and CloudFront, Google, Azure. Only where there is one of _SIGNATURES are the others
+# taken for a part of it: `sp=3` alone may be a page's number.
+_SIGNATURES = frozenset({"x-amz-signature", "x-goog-signature", "signature", "sig"})
+_SIGNED = re.compile(
+    r"x-(amz|goog)-.*|signature|expires|awsaccesskeyid|googleaccessid|policy|key-pair-id|"
+    r"sig|sv|ss|srt|sp|se|st|spr|sr|sip|si|sdd|ske|skt|sks|skv|skoid|sktid|saoid|suoid|scid"
+)
 _USER = re.compile(r"(?<=://)(?:[^/\s'\"]*:[^/\s'\"]*|(?<=http://)[^/\s'\"]+|(?<=https://)[^/\s'\"]+)@")
 _QUERY = re.compile(r"(https?://[^\s'\"?]*)\?[^\s'\"]+|\?[^\s'\"]*=[^\s'\"]*")  # signatures of pre-signed URLs
 _HEADER = re.compile(r"\b(bearer|basic|token)\s+[^\s'\"]+|((?<=-key:)|(?<=-token:))\s*[^\s'\"]+", re.IGNORECASE)
@@ -15,8 +23,27 @@ _LONGEST = 300  # characters of a reason: servers and commands may send whole pa
 
 def scheme(shard: str) -> str | None:
     """``http``, ``s3``, ``pipe``, ...; None for a local path."""
-    match = _SCHEME.match(shard)
-    return match.group(0).lower() if match else None
+    head, colon, rest = shard.partition(":")
+    return _kind(head, rest.startswith("//")) if colon else None
+
+
+@lru_cache(256)  # hundreds of thousands of names have one between them
+def _kind(head: str, slashes: bool) -> str | None:
+    if head == "pipe":
+        return head
+    return head.lower() if slashes and _SCHEME.fullmatch(head) else None
+
+
+def unsigned(shard: str) -> str:
+    """``shard`` without the signature of a pre-signed URL: the same object whenever and by whomever it was signed."""
+    if not shard.startswith(("http://", "https://")) or "?" not in shard:
+        return shard
+    path, _, query = shard.partition("?")
+    parameters = [(each.partition("=")[0].lower(), each) for each in query.split("&")]
+    if not _SIGNATURES & {name for name, _ in parameters}:
+        return shard
+    kept = "&".join(each for name, each in parameters if not _SIGNED.fullmatch(name))
+    return f"{path}?{kept}" if kept else path
 
 
 def masked(text: str) -> str:

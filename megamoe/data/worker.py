@@ -1,27 +1,29 @@
-"""What one decoding process does: pack the next sequence of each of its lanes, step after step."""
+"""What one decoding process does: pack the next sequence of each of its lanes, step after step.
+
+Nothing here imports torch, which would cost each process one and a half seconds and 150 MB.
+"""
 
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from mmap import mmap
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
 
 from megamoe.data.cache import ShardCache
 from megamoe.data.catalog import BadShard, Catalog, DataSet
 from megamoe.data.lane import LanePacker, PackedSequence
 from megamoe.data.order import Anchor, SampleOrder
 from megamoe.data.pack import PackShape
+from megamoe.data.remote import opener
+from megamoe.data.shards import is_remote
 from megamoe.data.state import DataState
 from megamoe.data.storage import Storage
 from megamoe.data.tokenizer import Tokenizer
@@ -37,21 +39,26 @@ class OrderSettings:
     shuffle_shards: int
 
 
+class Buffer(NamedTuple):
+    """Where the n sequences of a step lie: ``pixels`` uint8 (n, I, H, W, 3), ``text`` int64 (n, 3, L)."""
+
+    pixels: npt.NDArray[np.uint8]
+    text: npt.NDArray[np.int64]
+
+
 @dataclass(frozen=True)
 class WorkerItem:
     """One optimizer step of a worker's lanes.
 
     Attributes:
-        pixels: uint8 (n, I, H, W, 3).
-        text: int64 (n, 3, L).
-        lanes: lane of each of the n rows.
+        buffer: number of the buffer that holds pixels and text.
+        lanes: lane of each of its n rows.
         sequences: what each row holds.
         anchors: by source, the earliest window that these lanes still need after this step.
         counters: what bringing shards took, as :attr:`megamoe.data.storage.Storage.counters`, and ``seconds`` in all.
     """
 
-    pixels: Tensor
-    text: Tensor
+    buffer: int
     lanes: list[int]
     sequences: list[PackedSequence]
     anchors: tuple[Anchor, ...]
@@ -65,12 +72,39 @@ class WorkerError:
     error: DataError
 
 
-class LaneStream(IterableDataset[WorkerItem | WorkerError]):
+def buffers(lanes: int, shape: PackShape, count: int, memory: mmap | None = None) -> list[Buffer]:
+    """``count`` buffers for ``lanes`` sequences each: in ``memory`` one after the other, or new ones."""
+    pictures = (lanes, shape.images, shape.image_size, shape.image_size, 3)
+    text = (lanes, 3, shape.length)
+    if memory is None:
+        return [Buffer(np.empty(pictures, np.uint8), np.empty(text, np.int64)) for _ in range(count)]
+    each, pixels_end = _sizes(lanes, shape)
+    return [
+        Buffer(
+            np.ndarray(pictures, np.uint8, memory, number * each),
+            np.ndarray(text, np.int64, memory, number * each + pixels_end),
+        )
+        for number in range(count)
+    ]
+
+
+def buffer_bytes(lanes: int, shape: PackShape) -> int:
+    """Bytes of one of :func:`buffers`."""
+    return _sizes(lanes, shape)[0]
+
+
+def _sizes(lanes: int, shape: PackShape) -> tuple[int, int]:
+    """Bytes of a buffer, and of its pictures, rounded up to whole cache lines."""
+    pixels_end = -(-lanes * shape.images * shape.image_size**2 * 3 // 64) * 64
+    return pixels_end + -(-lanes * 3 * shape.length * 8 // 64) * 64, pixels_end
+
+
+class LaneStream:
     """Endless steps of the lanes of ``state``, from where it says, in its order of lanes.
 
-    In worker w of W it yields the w-th of W contiguous parts of the lanes, in the main process all of them. The tensors of
-    an item are written over when ``buffers`` more items have been asked for: memory that is touched for the first time
-    costs a fifth of what decoding a picture costs.
+    Worker w of W has the w-th of W contiguous parts of the lanes. ``buffers`` of them are filled in turn, so an item's is
+    written over when so many more items have been asked for: memory that is touched for the first time costs a fifth of
+    what decoding a picture costs.
     """
 
     def __init__(
@@ -92,22 +126,46 @@ class LaneStream(IterableDataset[WorkerItem | WorkerError]):
         self._order = order
         self._buffers = buffers
 
-    def __iter__(self) -> Iterator[WorkerItem | WorkerError]:
-        info = get_worker_info()
-        lanes = list(self._state.cursors)
-        if info is not None:
-            lanes = lanes[len(lanes) * info.id // info.num_workers : len(lanes) * (info.id + 1) // info.num_workers]
+    def buffers(self, worker: int, workers: int, memory: mmap | None = None) -> list[Buffer]:
+        """Those of one worker."""
+        return buffers(len(self._lanes(worker, workers)), self._shape, self._buffers, memory)
+
+    def buffer_bytes(self, worker: int, workers: int) -> int:
+        """Bytes of all buffers of one worker."""
+        return self._buffers * buffer_bytes(len(self._lanes(worker, workers)), self._shape)
+
+    def preload(self) -> None:
+        """Import what reading will need, once for all workers that are forked from this process."""
+        Image.preinit()
+        for source in self._data.sources:
+            if is_remote(source.shards[0]):
+                opener(source.shards[0])
+
+    def serve(self, worker: int, workers: int, memory: mmap) -> Iterator[WorkerItem | WorkerError]:
+        """As :meth:`steps`, in a worker process: a :class:`DataError` is handed on, not raised."""
+        try:
+            yield from self.steps(worker, workers, self.buffers(worker, workers, memory))
+        except DataError as error:
+            yield WorkerError(error if isinstance(error, BadShard) else DataError(str(error)))
+
+    def steps(self, worker: int, workers: int, ring: Sequence[Buffer]) -> Generator[WorkerItem, None, None]:
+        """Step after step into the buffers of ``ring``, without end.
+
+        Raises:
+            DataError: it cannot go on.
+        """
+        lanes = self._lanes(worker, workers)
         storage = Storage(self._cache)
         try:
-            yield from self._steps(lanes, storage, shared=info is not None)
-        except DataError as error:
-            if info is None:
-                raise
-            yield WorkerError(error if isinstance(error, BadShard) else DataError(str(error)))
+            yield from self._steps(lanes, storage, ring)
         finally:
             storage.close()
 
-    def _steps(self, lanes: list[int], storage: Storage, shared: bool) -> Iterator[WorkerItem]:
+    def _lanes(self, worker: int, workers: int) -> list[int]:
+        lanes = list(self._state.cursors)
+        return lanes[len(lanes) * worker // workers : len(lanes) * (worker + 1) // workers]
+
+    def _steps(self, lanes: list[int], storage: Storage, ring: Sequence[Buffer]) -> Iterator[WorkerItem]:
         catalog, sources = Catalog(self._data, storage), self._data.sources
         for number, source in enumerate(sources):
             if all(catalog.label(number, shard) in self._data.quarantine for shard in range(len(source.shards))):
@@ -120,56 +178,20 @@ class LaneStream(IterableDataset[WorkerItem | WorkerError]):
             lanes=self._order.global_batch,
             shuffle_shards=self._order.shuffle_shards,
             anchors=self._state.anchors,
+            is_read=catalog.is_read,
         )
         packers = [
             LanePacker(lane, catalog=catalog, order=order, tokenizer=self._tokenizer, shape=self._shape) for lane in lanes
         ]
         cursors = [self._state.cursors[lane] for lane in lanes]
-        shape = self._shape
-        pictures = (len(lanes), shape.images, shape.image_size, shape.image_size, 3)
-        ring = [
-            (_empty(pictures, torch.uint8, shared), _empty((len(lanes), 3, shape.length), torch.int64, shared))
-            for _ in range(self._buffers)
-        ]
-        for pixels, text in itertools.cycle(ring):
+        for number, (pixels, text) in itertools.cycle(enumerate(ring)):
             started = time.perf_counter()
             sequences = [
                 packer.next_sequence(cursor, pixels_IHWC, text_3L)
-                for packer, cursor, pixels_IHWC, text_3L in zip(packers, cursors, pixels.numpy(), text.numpy(), strict=True)
+                for packer, cursor, pixels_IHWC, text_3L in zip(packers, cursors, pixels, text, strict=True)
             ]
             cursors = [sequence.cursor for sequence in sequences]
             cursor, lane = min(zip(cursors, lanes, strict=True))
             counters, storage.counters = storage.counters, Counter()
             counters["seconds"] += time.perf_counter() - started  # type: ignore[assignment]
-            yield WorkerItem(pixels, text, lanes, sequences, tuple(order.anchors(lane, cursor)), counters)
-
-
-def start_worker(_: int) -> None:
-    """Set a new worker up: one thread, and deaf to signals that are meant for the training process.
-
-    Ctrl-C and the signals of a batch system reach every process of a job. The training process then finishes its step
-    and saves, for which it needs what the workers hold ready; they end when it closes them, or with it, even if it is
-    killed.
-    """
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _end_with_parent() -> None:
-    """Torch's own watch looks at the parent's process id, but that is the fork server, which lives as long as we do."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, shared: bool) -> Tensor:
-    """A tensor to be filled. In shared memory from the start, it goes to the training process without a copy."""
-    if not shared:
-        return torch.empty(shape, dtype=dtype)
-    count = torch.Size(shape).numel()
-    # what torch's own default_collate does; there is no public way to allocate there without a copy
-    storage = torch.UntypedStorage._new_shared(count * dtype.itemsize)
-    return torch.empty(0, dtype=dtype).set_(storage, 0, (count,), (1,)).view(shape)
+            yield WorkerItem(number, lanes, sequences, tuple(order.anchors(lane, cursor)), counters)

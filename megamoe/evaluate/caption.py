@@ -19,7 +19,7 @@ from megamoe.checkpoint import LoadedModel, load_model
 from megamoe.data.samples import Sample, read_samples
 from megamoe.data.sources import open_cache
 from megamoe.data.tokenizer import Tokenizer
-from megamoe.errors import UserError
+from megamoe.errors import DataError, UserError
 from megamoe.evaluate.decode import greedy_decode, hidden_states
 from megamoe.evaluate.results import check_name, png_base64, results_folder, write_results
 from megamoe.model.stack import IGNORE, HeadLayer, Stack
@@ -46,10 +46,12 @@ def evaluate_caption(
     Returns:
         What eval.json has for the split: ``exact_match`` (share of captions that are right to the letter), ``loss``
         (mean over caption and end tokens in nats; None if not finite), ``samples``, ``name``, ``step``, ``data``,
-        ``lost`` (samples that could not be used) and ``lost_samples`` (which and why).
+        ``lost`` (samples that could not be used), ``lost_samples`` (which and why) and ``bad_shards`` (shards of which the
+        rest was left out, and why; only if the run's ``data.bad_shards`` says to go on without them).
 
     Raises:
         UserError: no such checkpoint or shards, a name that cannot be a file's, or no sample that can be used.
+        DataError: a shard cannot be used, and the run's ``data.bad_shards`` says to stop, or there are too many.
     """
     check_name(name)
     loaded = load_model(source)
@@ -63,6 +65,19 @@ def evaluate_caption(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded.stack.to(device)
     lost: list[str] = []
+    bad: list[str] = []
+
+    def set_aside(shard: str, reason: str) -> None:
+        """By the rule of training, which stops at the first of them or at one more than it may leave out."""
+        if settings.bad_shards == "stop":
+            raise DataError(reason)
+        logger.warning("going on without shard %s: %s", shard, reason)
+        bad.append(f"{shard}: {reason}")
+        if len(bad) > settings.max_bad_shards:
+            raise DataError(
+                f"data.max_bad_shards {settings.max_bad_shards}: {len(bad)} shards cannot be used, the last {bad[-1]}; "
+                "mend them or evaluate others with --data"
+            )
 
     def lose(sample: str, reason: str) -> None:
         logger.warning("sample %s was left out: %s", sample, reason)
@@ -71,14 +86,15 @@ def evaluate_caption(
     # Nothing is written to where the data lies; indexes that training made are used.
     index_dir = settings.index or folder / "index"
     image_size = loaded.config.model.vision.image_size
-    stream = read_samples(data, index_dir, image_size, limit, lose, cache=open_cache(settings), share=share)
+    cache = open_cache(settings)
+    stream = read_samples(data, index_dir, image_size, limit, lose, on_bad=set_aside, cache=cache, share=share)
     scorer = CaptionScorer(loaded)
     with tqdm(total=limit, desc=f"eval {name}", unit="sample", file=sys.stderr, disable=None) as bar:
         for samples in _batches(stream, batch):
             scorer.add(samples)
             bar.update(len(samples))
     if not scorer.samples:
-        first = f", the first: {lost[0]}" if lost else ""
+        first = f", the first: {(lost + bad)[0]}" if lost or bad else ""
         raise UserError(f"--data {' '.join(data)}: has no sample that can be used ({len(lost)} lost{first})")
     result = {
         "exact_match": scorer.exact_match,
@@ -89,6 +105,7 @@ def evaluate_caption(
         "data": list(data),
         "lost": len(lost),
         "lost_samples": lost,
+        "bad_shards": bad,
     }
     write_results(folder, result, scorer.examples)
     return result

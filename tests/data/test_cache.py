@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from megamoe.data.cache import ShardCache
+from megamoe.data.cache import Fetched, ShardCache
 from megamoe.data.remote import ShardUnavailable
 from megamoe.data.stream import Patience
 from megamoe.errors import DataError
@@ -46,6 +46,13 @@ def cache(tmp_path: Path) -> ShardCache:
     return ShardCache(tmp_path / "cache", None, QUICK)
 
 
+def fetch(cache: ShardCache, url: str) -> Fetched:
+    """Bring a shard into the cache."""
+    file, fetched = cache.open(url)
+    file.close()
+    return fetched
+
+
 def files(cache: ShardCache) -> list[str]:
     """What lies in the cache, by ending."""
     return sorted(path.suffix for path in cache.folder.iterdir() if path.is_file())
@@ -53,7 +60,7 @@ def files(cache: ShardCache) -> list[str]:
 
 def test_a_second_fetch_asks_nobody(server: ShardServer, cache: ShardCache, shards: list[bytes]) -> None:
     url = f"{server.url}/0.tar?sig=hidden"
-    first, second = cache.fetch(url), cache.fetch(url)
+    first, second = fetch(cache, url), fetch(cache, url)
     assert first.path.read_bytes() == shards[0]
     assert (first.hit, first.received, first.retries, first.size) == (False, len(shards[0]), 0, len(shards[0]))
     assert (second.hit, second.received, second.path, second.size) == (True, 0, first.path, first.size)
@@ -65,7 +72,7 @@ def test_a_second_fetch_asks_nobody(server: ShardServer, cache: ShardCache, shar
 
 def test_equal_file_names_never_mix(server: ShardServer, cache: ShardCache, shards: list[bytes]) -> None:
     urls = [f"{server.url}/a/00000.tar", f"{server.url}/b/00000.tar", f"{server.url}/b/00000.tar?version=2"]
-    paths = [cache.fetch(url).path for url in urls]
+    paths = [fetch(cache, url).path for url in urls]
     assert [path.read_bytes() for path in paths] == [shards[0], shards[1], shards[1]]
     assert len(set(paths)) == 3
 
@@ -73,42 +80,42 @@ def test_equal_file_names_never_mix(server: ShardServer, cache: ShardCache, shar
 def test_a_pipe_is_cached_and_known_by_its_bytes(tmp_path: Path, cache: ShardCache, shards: list[bytes]) -> None:
     (tmp_path / "a.tar").write_bytes(shards[0])
     url = f"pipe:cat {tmp_path}/a.tar"
-    first = cache.fetch(url)
+    first = fetch(cache, url)
     assert first.path.read_bytes() == shards[0] and first.identity.startswith("sha256:")
     (tmp_path / "a.tar").unlink()
-    assert cache.fetch(url).hit
+    assert fetch(cache, url).hit
 
 
 @pytest.mark.parametrize("answer", [shard_server.status(404), shard_server.status(500), shard_server.cut_after(5_000)])
 def test_a_failure_leaves_nothing_behind(server: ShardServer, cache: ShardCache, answer: Any) -> None:
     server.answers["/0.tar"] = [answer] * 3
     with pytest.raises(ShardUnavailable):
-        cache.fetch(f"{server.url}/0.tar")
+        fetch(cache, f"{server.url}/0.tar")
     assert files(cache) == []
     server.answers["/0.tar"] = []
-    assert not cache.fetch(f"{server.url}/0.tar").hit
+    assert not fetch(cache, f"{server.url}/0.tar").hit
 
 
 def test_retries_are_counted(server: ShardServer, cache: ShardCache, shards: list[bytes]) -> None:
     server.answers["/0.tar"] = [shard_server.status(503), shard_server.cut_after(5_000)]
-    fetched = cache.fetch(f"{server.url}/0.tar")
+    fetched = fetch(cache, f"{server.url}/0.tar")
     assert (fetched.retries, fetched.received) == (2, len(shards[0])) and fetched.seconds > 0
 
 
 def test_what_was_forgotten_is_downloaded_again(server: ShardServer, cache: ShardCache, shards: list[bytes]) -> None:
     url = f"{server.url}/0.tar"
-    cache.fetch(url)
+    fetch(cache, url)
     server.objects["/0.tar"] = shards[1]
-    assert cache.fetch(url).path.read_bytes() == shards[0]
+    assert fetch(cache, url).path.read_bytes() == shards[0]
     cache.forget(url)
-    fetched = cache.fetch(url)
+    fetched = fetch(cache, url)
     assert not fetched.hit and fetched.path.read_bytes() == shards[1]
 
 
 @pytest.mark.parametrize("damage", ["short", "no json", "cut json"])
 def test_a_damaged_entry_does_not_count(server: ShardServer, cache: ShardCache, shards: list[bytes], damage: str) -> None:
     url = f"{server.url}/0.tar"
-    path = cache.fetch(url).path
+    path = fetch(cache, url).path
     about = path.with_suffix(".json")
     if damage == "short":
         os.truncate(path, 100)
@@ -116,7 +123,7 @@ def test_a_damaged_entry_does_not_count(server: ShardServer, cache: ShardCache, 
         about.unlink()
     else:
         about.write_text('{"size":')
-    assert not cache.fetch(url).hit
+    assert not fetch(cache, url).hit
     assert path.read_bytes() == shards[0]
 
 
@@ -124,21 +131,21 @@ def test_the_shards_used_longest_ago_go_first(server: ShardServer, tmp_path: Pat
     limit = 2 * len(shards[0])
     cache = ShardCache(tmp_path / "cache", limit, QUICK)
     urls = [f"{server.url}/{n}.tar" for n in range(4)]
-    cache.fetch(urls[0])
-    cache.fetch(urls[1])
-    cache.fetch(urls[0])  # used again, so 1 is the older one now
-    cache.fetch(urls[2])
+    fetch(cache, urls[0])
+    fetch(cache, urls[1])
+    fetch(cache, urls[0])  # used again, so 1 is the older one now
+    fetch(cache, urls[2])
     assert sum(path.stat().st_size for path in cache.folder.glob("*.tar")) <= limit
     asked = len(server.asked)
-    assert cache.fetch(urls[0]).hit and cache.fetch(urls[2]).hit and len(server.asked) == asked
-    assert not cache.fetch(urls[1]).hit
+    assert fetch(cache, urls[0]).hit and fetch(cache, urls[2]).hit and len(server.asked) == asked
+    assert not fetch(cache, urls[1]).hit
 
 
 def test_a_shard_that_is_open_stays_readable(server: ShardServer, tmp_path: Path, shards: list[bytes]) -> None:
     cache = ShardCache(tmp_path / "cache", len(shards[0]), QUICK)
     file, fetched = cache.open(f"{server.url}/0.tar")
     with file:
-        cache.fetch(f"{server.url}/1.tar")
+        fetch(cache, f"{server.url}/1.tar")
         assert not fetched.path.exists()
         assert file.read() == shards[0]
 
@@ -146,7 +153,7 @@ def test_a_shard_that_is_open_stays_readable(server: ShardServer, tmp_path: Path
 def test_a_shard_larger_than_the_limit_is_refused(server: ShardServer, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path / "cache", 1_000, QUICK)
     with pytest.raises(DataError, match="1000 are allowed; allow a larger cache"):
-        cache.fetch(f"{server.url}/0.tar")
+        fetch(cache, f"{server.url}/0.tar")
     assert files(cache) == []
 
 
@@ -154,7 +161,7 @@ def test_what_dead_processes_left_is_removed(server: ShardServer, cache: ShardCa
     cache.folder.mkdir()
     (cache.folder / f"{'0' * 64}.part").write_bytes(b"half")
     (cache.folder / f"{'1' * 64}.tar").write_bytes(b"without json")
-    cache.fetch(f"{server.url}/0.tar")
+    fetch(cache, f"{server.url}/0.tar")
     assert files(cache) == [".json", ".tar"]
 
 
@@ -171,21 +178,21 @@ def test_a_full_disk_names_folder_and_remedy(
 
     monkeypatch.setattr(builtins, "open", full)
     with pytest.raises(DataError, match=f"shard cache {cache.folder}: the disk is full .*free space"):
-        cache.fetch(f"{server.url}/0.tar")
+        fetch(cache, f"{server.url}/0.tar")
     assert files(cache) == []
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(server: ShardServer, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cannot be used \(Not a directory\); choose a folder"):
-        ShardCache(tmp_path / "file" / "cache", None).fetch(f"{server.url}/0.tar")
+        fetch(ShardCache(tmp_path / "file" / "cache", None), f"{server.url}/0.tar")
 
 
 FETCH = """
 import sys
 from pathlib import Path
 from megamoe.data.cache import ShardCache
-fetched = ShardCache(Path(sys.argv[1]), None).fetch(sys.argv[2])
+_, fetched = ShardCache(Path(sys.argv[1]), None).open(sys.argv[2])
 print(fetched.hit, fetched.path)
 """
 
@@ -223,6 +230,6 @@ def test_a_killed_process_blocks_nobody(server: ShardServer, cache: ShardCache, 
     process.communicate()
     assert files(cache) == [".part"]
     started = time.monotonic()
-    fetched = cache.fetch(f"{server.url}/0.tar")
+    fetched = fetch(cache, f"{server.url}/0.tar")
     assert fetched.path.read_bytes() == shards[0] and not fetched.hit
     assert time.monotonic() - started < 20 and files(cache) == [".json", ".tar"]

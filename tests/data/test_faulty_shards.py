@@ -16,6 +16,7 @@ from megamoe.data.cache import CacheUnusable, ShardCache
 from megamoe.data.catalog import BadShard, DataSet, Source
 from megamoe.data.index import learn_index
 from megamoe.data.loader import StepLoader
+from megamoe.data.split import key_hash
 from megamoe.data.stream import Patience
 from megamoe.data.tokenizer import Tokenizer
 from megamoe.errors import DataError
@@ -328,3 +329,45 @@ def test_a_cache_that_cannot_be_written_is_no_fault_of_the_shard(
         assert not isinstance(raised.value, BadShard) and isinstance(
             raised.value, CacheUnusable if not workers else DataError
         )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cached_copy_that_is_older_than_the_index_is_fetched_anew_once(
+    server: ShardServer, remote: DataSet, cache: ShardCache, tokenizer: Tokenizer, tmp_path: Path, workers: int
+) -> None:
+    name = remote.sources[0].shards[BAD]
+    cache.open(name)[0].close()
+    members = [m for n in range(500, 500 + EACH) for m in pair(n)]
+    server.objects[f"/{BAD}.tar"] = write_tar(tmp_path / "other.tar", members).read_bytes()
+    other_node = ShardCache(tmp_path / "another node", None, QUICK)
+    with make_loader(remote, tokenizer, cache=other_node) as loader:  # which makes the index of the new one
+        see(loader, tokenizer, STEPS)
+    server.asked.clear()
+    with make_loader(remote, tokenizer, cache=cache, workers=workers) as loader:
+        seen = see(loader, tokenizer, STEPS)
+    assert f"{BAD}.tar#00500" in seen.used and not seen.lost
+    assert Counter(path for path, _ in server.asked) == {f"/{n}.tar?sig=hidden": 1 for n in range(SHARDS)}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_source_of_shards_in_quarantine_and_shards_that_are_held_out_is_an_error(
+    shards: list[Path], tmp_path: Path, tokenizer: Tokenizer, workers: int
+) -> None:
+    share = 0.5
+    keys = [f"k{n}" for n in range(200)]
+    ours = [key for key in keys if key_hash(key) < (1 << 63)]
+    held = [key for key in keys if key not in ours]
+    folder = tmp_path / "small"
+    write_tar(folder / "held.tar", [m for n, key in enumerate(held[:4]) for m in pair(n, key)])
+    write_tar(folder / "aside.tar", [m for n, key in enumerate(ours[:4]) for m in pair(n, key)])
+    sources = [
+        Source("large", [str(shard) for shard in shards]),
+        Source("small", [str(folder / "held.tar"), str(folder / "aside.tar")]),
+    ]
+    data = DataSet(sources, tmp_path / "index", share, {"aside.tar": 4})
+    with (
+        make_loader(data, tokenizer, workers=workers) as loader,
+        pytest.raises(DataError, match="no shard of source 1 has"),
+    ):
+        for _ in range(40):
+            next(loader)

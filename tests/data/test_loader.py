@@ -12,14 +12,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from megamoe.config.schema import DataConfig, VisionConfig
 from megamoe.data import lane as lane_module
 from megamoe.data.catalog import BadShard, Catalog, DataSet
-from megamoe.data.loader import StepBatch, StepLoader
+from megamoe.data.loader import StepBatch, StepLoader, _InWorkers
 from megamoe.data.order import Anchor, SampleOrder
+from megamoe.data.processes import WorkerDied
 from megamoe.data.state import DataState, earliest
 from megamoe.data.storage import Storage
 from megamoe.data.tokenizer import Tokenizer
@@ -230,9 +232,9 @@ def test_a_shard_that_goes_bad_is_the_same_one_line_with_and_without_workers(
 def test_a_dead_worker_is_named(shards: DataSet, tokenizer: Tokenizer) -> None:
     with loader(shards, tokenizer, 0, 1, 8, 2) as one:
         next(one)
-        victim = one._items._workers[1]
-        os.kill(victim.pid, signal.SIGKILL)
-        with pytest.raises(RuntimeError, match=rf"data worker 1 \(pid {victim.pid}, exit code -9\) died"):
+        victim = workers_of(one)[1]
+        os.kill(victim, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match=rf"data worker 1 \(pid {victim}, exit code -9\) died"):
             for _ in range(50):
                 next(one)
 
@@ -240,15 +242,36 @@ def test_a_dead_worker_is_named(shards: DataSet, tokenizer: Tokenizer) -> None:
 def test_workers_end_when_closed_and_ignore_signals_meant_for_the_run(shards: DataSet, tokenizer: Tokenizer) -> None:
     one = loader(shards, tokenizer, 0, 1, 8, 2)
     next(one)
-    workers = list(one._items._workers)
-    for worker in workers:
+    workers = workers_of(one)
+    for worker in [*workers, psutil.Process(workers[0]).ppid()]:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            os.kill(worker.pid, number)
+            os.kill(worker, number)
     for _ in range(4):
         next(one)
     one.close()
     one.close()
-    assert not any(worker.is_alive() for worker in workers)
+    assert not any(psutil.pid_exists(worker) for worker in workers)
+
+
+def test_workers_do_without_torch_and_share_what_they_import(shards: DataSet, tokenizer: Tokenizer) -> None:
+    with loader(shards, tokenizer, 0, 1, 8, 2) as one:
+        next(one)
+        for worker in workers_of(one):
+            process = psutil.Process(worker)
+            assert not any("libtorch" in each.path for each in process.memory_maps())
+            assert process.memory_full_info().uss < 32e6
+
+
+def test_an_error_in_a_worker_comes_with_its_traceback(shards: DataSet, tokenizer: Tokenizer) -> None:
+    with loader(shards, tokenizer, 0, 1, 8, 1) as one:
+        one._state = DataState({lane: -1 for lane in range(8)}, (Anchor(0, 0),), {})
+        with pytest.raises(WorkerDied, match=r"(?s)data worker 0 failed:.*a lane never goes back"):
+            next(one)
+
+
+def workers_of(one: StepLoader) -> list[int]:
+    assert isinstance(one._running, _InWorkers)
+    return one._running.pids
 
 
 SCRIPT = """

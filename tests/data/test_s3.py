@@ -15,6 +15,7 @@ from megamoe.data.remote import ShardUnavailable, download
 from megamoe.data.shards import expand_shards
 from megamoe.data.stream import Patience
 from megamoe.errors import DataError
+from tests.data.test_cache import fetch
 
 s3fs = pytest.importorskip("s3fs", reason="needs s3fs")
 boto3 = pytest.importorskip("boto3", reason="needs moto[server]")
@@ -64,7 +65,7 @@ def test_nothing_found_is_one_line(store: Any, spec: str) -> None:
 
 
 def test_a_shard_comes_whole_and_is_known_by_its_etag(store: Any, tmp_path: Path) -> None:
-    fetched = ShardCache(tmp_path, None, QUICK).fetch("s3://laion/train/00000.tar")
+    fetched = fetch(ShardCache(tmp_path, None, QUICK), "s3://laion/train/00000.tar")
     assert fetched.path.read_bytes() == SHARD
     etag = store.head_object(Bucket="laion", Key="train/00000.tar")["ETag"]
     assert fetched.identity == f"{etag};{len(SHARD)}" and fetched.received == len(SHARD)
@@ -73,12 +74,12 @@ def test_a_shard_comes_whole_and_is_known_by_its_etag(store: Any, tmp_path: Path
 @pytest.mark.parametrize("name", ["s3://laion/train/none.tar", "s3://no-such-bucket/a.tar"])
 def test_a_missing_object_fails_at_once(store: Any, tmp_path: Path, name: str) -> None:
     with pytest.raises(ShardUnavailable, match=r"1 try \(no such object\); check the name"):
-        ShardCache(tmp_path, None, QUICK).fetch(name)
+        fetch(ShardCache(tmp_path, None, QUICK), name)
 
 
 def test_a_folder_is_no_shard(store: Any, tmp_path: Path) -> None:
     with pytest.raises(ShardUnavailable, match=r"it is a folder\); end its name in /"):
-        ShardCache(tmp_path, None, QUICK).fetch("s3://laion/train")
+        fetch(ShardCache(tmp_path, None, QUICK), "s3://laion/train")
 
 
 def test_an_object_replaced_while_it_is_read_never_mixes(store: Any, tmp_path: Path) -> None:
@@ -129,7 +130,7 @@ def test_a_store_that_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
         s3fs.S3FileSystem.clear_instance_cache()
         try:
             with pytest.raises(ShardUnavailable, match=line) as raised:
-                ShardCache(tmp_path, None, QUICK).fetch("s3://laion/train/00000.tar")
+                fetch(ShardCache(tmp_path, None, QUICK), "s3://laion/train/00000.tar")
         finally:
             server.shutdown()
             s3fs.S3FileSystem.clear_instance_cache()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,10 @@ import torch
 from PIL import Image
 
 from megamoe.checkpoint import LoadedModel, load_model
+from megamoe.data.index import learn_index
 from megamoe.data.pack import PackShape, SequenceBuilder
 from megamoe.data.samples import read_samples
-from megamoe.errors import CheckpointError, UserError
+from megamoe.errors import CheckpointError, DataError, UserError
 from megamoe.evaluate import caption as caption_module
 from megamoe.evaluate.caption import evaluate_caption
 from megamoe.evaluate.results import read_results, results_folder, write_results
@@ -59,6 +61,37 @@ def test_exact_match_counts_captions_that_are_equal_and_lost_samples_are_named(o
     assert incomplete.startswith("00001.tar#00301: ") and "no caption" in incomplete
     assert cut.startswith("00001.tar#00300: image: ")
     assert (result["name"], result["step"], result["data"]) == ("validation", 30, [str(held_out)])
+
+
+def ruled(run: Path, rule: str, limit: int) -> LoadedModel:
+    """The run as if it had these settings for bad shards."""
+    loaded = load_model(run)
+    data = loaded.config.data.model_copy(update={"bad_shards": rule, "max_bad_shards": limit})
+    return replace(loaded, config=loaded.config.model_copy(update={"data": data}))
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone bad", "no tar"])
+def test_a_shard_that_cannot_be_used_is_left_out_by_the_rule_of_the_run(
+    own_run: Path, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    shards = Path(shutil.copytree(held_out, tmp_path / "shards"))
+    if damage == "gone bad":
+        learn_index(shards / "00000.tar", None)
+    os.truncate(shards / "00000.tar", 700)
+    if damage == "no tar":
+        (shards / "00000.tar").write_text("<html>404</html>" * 100)
+    for rule, limit, said in (
+        ("stop", 1, "00000.tar"),
+        ("quarantine", 0, "data.max_bad_shards 0: 1 shards cannot be used"),
+    ):
+        monkeypatch.setattr(caption_module, "load_model", lambda _, rule=rule, limit=limit: ruled(own_run, rule, limit))
+        with pytest.raises(DataError, match=said):
+            evaluate_caption(own_run, [str(shards)])
+    monkeypatch.setattr(caption_module, "load_model", lambda _: ruled(own_run, "quarantine", 1))
+    result = evaluate_caption(own_run, [str(shards)])
+    assert result["samples"] == 4 and result["lost"] == 2
+    (bad,) = result["bad_shards"]
+    assert bad.startswith("00000.tar: ") and "\n" not in bad
 
 
 def test_loss_is_that_of_training_on_the_same_samples_long_captions_cut_alike(own_run: Path, held_out: Path) -> None:

@@ -1,0 +1,89 @@
+"""What the workers of benchmarks/data_scale.py do: find samples, decode none. Imported by them, so without torch."""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megamoe.data.catalog import Catalog, DataSet
+from megamoe.data.order import SampleOrder
+from megamoe.data.state import DataState
+from megamoe.data.storage import Storage
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured."""
+
+    shards: int
+    samples: int
+    varying: bool
+    global_batch: int
+    nodes: int
+    ranks: int
+    workers: int
+    shuffle_shards: int
+    per_sequence: float
+    deviation: float
+    steps: int
+    seed: int = 1
+
+    @property
+    def spec(self) -> str:
+        """The shards, as a user names them."""
+        return f"s3://laion2b-en/shards/{{{0:06d}..{self.shards - 1:06d}}}.tar"
+
+    def count(self, source: int, shard: int) -> int:
+        """Samples of a shard: what its index would say."""
+        if not self.varying:
+            return self.samples
+        return self.samples // 2 + (shard * 2654435761 % (1 << 32)) % (self.samples + 1)
+
+
+class LocateWork:
+    """Finds the first sample of each lane, and then those of ``case.steps`` steps."""
+
+    def __init__(self, case: Case, data: DataSet, state: DataState) -> None:
+        self._case, self._data, self._state = case, data, state
+
+    def preload(self) -> None:
+        """What the loader's own work imports."""
+        import megamoe.data.remote_objects
+        import megamoe.data.worker  # noqa: F401
+
+    def serve(self, worker: int, workers: int, memory: mmap.mmap) -> Iterator[dict[str, Any]]:
+        """Seconds for the first samples; then microseconds for one of the others, and windows from first lane to last."""
+        case, cursors = self._case, self._state.cursors
+        started = time.perf_counter()
+        catalog = Catalog(self._data, Storage())
+        order = SampleOrder(
+            [len(source.shards) for source in self._data.sources],
+            [source.weight for source in self._data.sources],
+            case.count,
+            seed=case.seed,
+            lanes=case.global_batch,
+            shuffle_shards=case.shuffle_shards,
+            anchors=self._state.anchors,
+        )
+        lanes = list(cursors)[len(cursors) * worker // workers : len(cursors) * (worker + 1) // workers]
+        for lane in lanes:
+            catalog.label(0, order.locate(lane, cursors[lane]).shard)
+        yield {"first": time.perf_counter() - started}
+        started = time.perf_counter()
+        taken = round(case.per_sequence)
+        for step in range(case.steps):
+            for lane in lanes:
+                for k in range(taken):
+                    catalog.label(0, order.locate(lane, cursors[lane] + step * taken + k).shard)
+        seconds = time.perf_counter() - started
+        positions = [cursors[lane] * case.global_batch for lane in lanes]
+        spread = (max(positions) - min(positions)) / (case.samples * case.shuffle_shards)
+        while True:  # alive as long as its memory is looked at
+            yield {"us": 1e6 * seconds / (case.steps * len(lanes) * taken), "spread": spread}
+
+
+INDEX = Path("index")  # never looked at
