@@ -87,6 +87,8 @@ class Bed:
         Raises:
             BedError: Not possible here, the folder is in use, or a daemon does not start (with its last line).
         """
+        if not 1 <= nodes <= 250 or cpus < 1:
+            raise BedError(f"{nodes} nodes of {cpus} CPUs cannot be; a bed has 1 to 250 nodes of at least one CPU")
         if reason := why_not():
             raise BedError(f"no SLURM test bed here: {reason}")
         if self.folder.exists() and any(self.folder.iterdir()):

@@ -66,6 +66,7 @@ def test_two_beds_side_by_side_and_nothing_of_one_stays(bed: BedWithJobs, tmp_pa
     other.wait_job(other.submit("--output=/dev/null", script), "RUNNING")
     wait_until(lambda: {"904", "905"} <= sleeping(other, "n1") | sleeping(other, "n2"))
     assert set(bed.states()) == {"n1", "n2", "n3", "n4"} and set(other.states()) == {"n1", "n2"}
+    assert len(processes_that_name(folder)) > 6, "daemons, steps and children"
     run_testbed("down", "--folder", folder)
     assert not folder.exists()
     assert not processes_that_name(folder)
