@@ -5,13 +5,15 @@ Stand-ins on the PATH say what SLURM 22.05 says. The real one is in tests/slurm.
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from launcher.follow import show_log
 from launcher.request import Request, exclude_node, first_start, note_job, noted_jobs
 from launcher.submission import options_as_settings
 from megamoe.cli import main
@@ -270,6 +272,27 @@ def test_logs_show_the_end_of_the_newest(slurm: Path, say: Say) -> None:
     assert say("logs", "runs/tiny", "--rank", "3")[1] == "attempt 2\n"
     assert "has logs of ranks 3 to 3" in say("logs", "runs/tiny", "--rank", "4")[2]
     assert "runs/nothing: no such run" in say("logs", "runs/nothing")[2]
+
+
+def test_following_a_log_goes_over_to_its_successor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.follow.LOOK_EVERY", 0)
+    first, second, shown = tmp_path / "first", tmp_path / "second", io.BytesIO()
+
+    def found() -> Iterator[Path | None]:
+        yield None  # the job waits
+        first.write_text("a\nb\n")
+        yield first
+        with first.open("a") as file:
+            file.write("c\n")
+        yield first
+        second.write_text("d\n")
+        yield second
+        raise KeyboardInterrupt
+
+    looks = found()
+    with pytest.raises(KeyboardInterrupt):
+        show_log(lambda: next(looks), 1, True, shown)
+    assert shown.getvalue().decode() == f"b\nc\n==> {second} <==\nd\n"
 
 
 def test_an_option_is_the_setting_of_its_name(folder: Path) -> None:

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def environment(bed: BedWithJobs, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def environment(bed: BedWithJobs, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """SLURM's commands work on the bed; jobs find this MegaMoE, also where templates call it by name."""
     for name in [name for name in os.environ if name.startswith(("SLURM", "SBATCH", "SRUN"))]:
         monkeypatch.delenv(name)
@@ -39,7 +39,11 @@ def environment(bed: BedWithJobs, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    by_name = folder / "bin/megamoe"  # the templates call it so; it may not be installed here
+    by_name.parent.mkdir(exist_ok=True)
+    by_name.write_text(f'#!/bin/bash\nexec {sys.executable} -m megamoe "$@"\n')
+    by_name.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{by_name.parent}:{os.environ['PATH']}")
     yield
 
 
@@ -120,7 +124,7 @@ def test_before_the_time_limit_it_saves_and_is_queued_again_without_bad_nodes(be
     bed.run("scancel", "--batch", "--signal=USR1", job)  # what SLURM does before the limit
     facts = bed.wait_job(job, timeout=180)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), said(folder, "limited")
-    assert facts["NodeList"] == "n[2-3]" and facts["ExcNodeList"] == "n[1,4]"
+    assert facts["NodeList"] == "n[2-3]" and set(facts["ExcNodeList"].split(",")) == {"n1", "n4"}
     assert_equal(folder, "limited")
 
 
