@@ -14,7 +14,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("agreement")
     make_data(folder)
     train = {"steps": 8, "check_every": 4}
-    write_config(folder, small_config(train=train, optim={"name": "adamw", "lr": 3e-3}, checkpoint={"every": 5}))
+    write_config(folder, small_config(train=train, optim={"name": "adamw", "lr": 3e-3}, checkpoint={"every": 3}))
     return folder
 
 
@@ -27,10 +27,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             "1,3,master",
             ["parallel.pipeline=2"],
-            "step 4: master weights or moments of rank 1 have changed between two updates",
+            "step 3: master weights or moments of rank 1 have changed between two updates",
         ),
-        ("1,3,moment", ["parallel.zero=3"], "step 4: master weights or moments of rank 1 have changed between two updates"),
-        ("1,3,generator", [], "step 4: ranks disagree that must be equal: random generators of rank 0, 1 (of ranks 0, 1)"),
+        ("1,3,moment", ["parallel.zero=3"], "step 3: master weights or moments of rank 1 have changed between two updates"),
+        ("1,3,generator", [], "step 3: ranks disagree that must be equal: random generators of rank 0, 1 (of ranks 0, 1)"),
         ("0,4,position", ["parallel.pipeline=2"], "step 4: data position: the lanes stand at "),
     ],
 )

@@ -21,7 +21,6 @@ CASES = {
     "one": (1, ("optim.name=sgd", "optim.momentum=0.9", "optim.lr=0.1")),
     "pipeline-expert": (4, ("parallel.pipeline=2", "parallel.expert=2")),
     "zero2": (2, ("parallel.zero=2",)),
-    "zero3-bf16": (2, ("parallel.zero=3", "train.precision=bf16")),
 }
 SPIKES = "9/1,10,13,14"  # a transient one, one alone, and two in a row, at which the run goes back
 SKIPPED = (10, 12, 13, 14)  # of the last three the first one is the margin
