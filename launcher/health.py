@@ -6,7 +6,6 @@ What is wrong is a line that names node, what, measured, limit and remedy. Check
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable

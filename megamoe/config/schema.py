@@ -309,8 +309,8 @@ class HealthConfig(Section):
 
     check: Literal["full", "quick", "off"] = Field(
         "full",
-        description="quick: each node looks at itself (GPUs, memory, disk, clock) and whether it reaches the others, at each "
-        "start. full: also a short collective over all nodes, whenever one of them is new; it takes some seconds.",
+        description="quick: each node looks at itself (GPUs, memory, disk, clock) and whether it reaches the others, at "
+        "each start. full: also a short collective over all nodes, whenever one is new; it takes some seconds.",
     )
     # Python with torch and DeepSpeed takes 0.6 GiB before the model comes.
     free_memory: NonNegative = Field(1.0, description="Free host memory for each rank, within the job's own limit.")
@@ -325,8 +325,8 @@ class HealthConfig(Section):
     # Racks and neighbours on a switch explain a factor of two; a link that has fallen back to a lower speed is at ten.
     slow: NonNegative = Field(4.0, description="A link is slow when it is so many times slower than the others.")
     bandwidth: NonNegative = Field(0.0, description="Gbit/s that each link must have; 0: they are held against each other.")
-    # A sound one takes a second after its start; a cold network file system and a busy node as much as this.
-    seconds: Positive = Field(60.0, description="Seconds that the checks between the nodes may take.")
+    # A second on sound nodes; importing torch from a cold network file system takes most of this.
+    seconds: Positive = Field(120.0, description="Seconds that the checks between the nodes may take.")
 
 
 class LaunchConfig(Section):
