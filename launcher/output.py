@@ -9,9 +9,17 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, Protocol, TextIO
 
 ERROR_PREFIX = "megamoe: error:"
+
+
+class Output(Protocol):
+    """Where the output of rank 0 goes, besides its log."""
+
+    def pass_on(self, data: bytes, to_stderr: bool) -> None:
+        """Take bytes of rank 0 as they are, carriage returns included."""
+        ...
 
 
 class Terminal:
@@ -44,7 +52,7 @@ class Terminal:
 class Tee:
     """Copies a pipe to a log file and to the terminal until all its writers have closed it."""
 
-    def __init__(self, pipe: IO[bytes], log: Path, terminal: Terminal, to_stderr: bool) -> None:
+    def __init__(self, pipe: IO[bytes], log: Path, terminal: Output, to_stderr: bool) -> None:
         self._pipe, self._log, self._terminal, self._to_stderr = pipe, log, terminal, to_stderr
         self._thread = threading.Thread(target=self._copy, daemon=True)
         self._thread.start()
@@ -61,7 +69,9 @@ class Tee:
 
 
 def last_lines(log: Path, count: int = 12) -> list[str]:
-    """The last ``count`` lines of a log, each state of a progress bar counting as a line."""
+    """The last ``count`` lines of a log, each state of a progress bar counting as a line; none of one that is not there."""
+    if not log.exists():
+        return []
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 16384))
         text = file.read().decode(errors="replace")

@@ -6,7 +6,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.output import Terminal
+from launcher.verdict import how
 from megamoe.config.schema import LaunchConfig
+from megamoe.statuses import FAILED, NO_PROGRESS, REQUEST_IS_WRONG
 
 _TAIL = 1 << 20  # bytes; the last record of metrics.jsonl is in them
 
@@ -56,6 +59,34 @@ class Restarts:
         self._saved = 0
         self._ends: list[str] = []  # how the attempt that came furthest ended, and all since
         self.count = 0
+
+    def after(self, state: RunState, culprit: tuple[int, int], what: str, run_dir: Path, terminal: Terminal) -> int | None:
+        """A rank has failed: count it, and say that ``what`` comes now, or why nothing does.
+
+        Args:
+            state: how far the run has come.
+            culprit: the rank that failed, with its exit status.
+            what: would be started.
+            run_dir: the run's folder.
+            terminal: to say it to.
+
+        Returns:
+            Exit status of the launcher; None when it is to restart the ranks.
+        """
+        rank, status = culprit
+        if status == REQUEST_IS_WRONG:
+            return status
+        self.note(state, f"rank {rank} {how(status)}")
+        if why := self.stuck():
+            terminal.say(f"{why}; the logs are in {run_dir / 'logs'}")
+            return NO_PROGRESS
+        if not self.left():
+            terminal.say(f"giving up after {self.count} restarts since the last checkpoint (launch.max_restarts)")
+            return FAILED
+        self.count += 1
+        limit = self._limits.max_restarts
+        terminal.say(f"restart {self.count} of at most {limit} since the last checkpoint: {what}")
+        return None
 
     def note(self, state: RunState, how: str) -> None:
         """An attempt has ended at ``state``, since ``how``."""

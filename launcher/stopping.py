@@ -6,9 +6,9 @@ import signal
 import time
 from collections.abc import Collection
 
+from launcher.group import POLL, RankGroup
 from launcher.output import Terminal, signal_name
 from launcher.progress import RunState
-from launcher.ranks import POLL, Ranks
 from megamoe.statuses import STOP_FAILED, STOP_SIGNALS, STOPPED, STOPPED_TWICE
 
 # A rank that was killed by such a signal had not yet come as far as to listen to it.
@@ -16,12 +16,12 @@ _AS_ASKED = frozenset({STOPPED, *(-number for number in STOP_SIGNALS)})
 _ASKED = _AS_ASKED | {STOP_FAILED, STOPPED_TWICE}
 
 
-def asked_to_stop(ranks: Ranks) -> bool:
+def asked_to_stop(ranks: RankGroup) -> bool:
     """Whether a rank has ended because somebody asked it, or one of its peers, to stop."""
     return not _ASKED.isdisjoint(ranks.ended().values())
 
 
-def stop_ranks(ranks: Ranks, caught: list[int], grace: float, terminal: Terminal) -> bool:
+def stop_ranks(ranks: RankGroup, caught: list[int], grace: float, terminal: Terminal, why: str | None = None) -> bool:
     """Ask all ranks to save and end, and wait for it, at most ``grace`` seconds and until Ctrl-C comes on top.
 
     Only SIGINT is a person who does not want to wait. A batch system sends SIGUSR1, later SIGTERM, and a session that ends
@@ -30,7 +30,9 @@ def stop_ranks(ranks: Ranks, caught: list[int], grace: float, terminal: Terminal
     Returns:
         Whether all have ended by themselves.
     """
-    if caught:
+    if why is not None:
+        terminal.say(f"{why}: the ranks save and stop, to go on with other nodes")
+    elif caught:
         terminal.say(f"{signal_name(caught[0])}: the ranks save and stop; Ctrl-C now ends them at once")
     else:
         terminal.say("a rank was asked to stop: all save and stop")

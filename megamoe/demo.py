@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from launcher.local import latest_attempt
+from launcher.verdict import latest_attempt
 from megamoe.config import load_config
 from megamoe.errors import UserError
 from megamoe.metrics.stream import METRICS_FILE, read_metrics

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from launcher.ranks import environment, free_port
+from launcher.ranks import local_environments
 from megamoe.checkpoint.folders import newest_checkpoint
 from megamoe.checkpoint.manifest import read_manifest
 from megamoe.data.catalog import Catalog, DataSet, Source
@@ -181,10 +181,9 @@ def test_what_one_rank_alone_cannot_read_is_left_out_by_both_and_counted(
     server.answers[f"/{MISSING}"] = [guarded] * 9
     (here / "netrc").write_text("machine 127.0.0.1 login user password secret\n")
     (here / "netrc").chmod(0o600)
-    port = free_port()
     ranks = []
-    for rank in (0, 1):
-        variables = environment(os.environ, rank, 2, port) | {
+    for rank, environment in local_environments(2).items():
+        variables = environment | {
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "NETRC": str(here / "netrc" if rank == 0 else here / "none"),

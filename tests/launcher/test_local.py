@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.local import latest_attempt, launch_local
+from launcher.local import launch_local
+from launcher.verdict import latest_attempt
 from megamoe.config.schema import LaunchConfig
 from megamoe.errors import UserError
 from megamoe.statuses import NO_PROGRESS, STOPPED

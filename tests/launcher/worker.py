@@ -1,7 +1,7 @@
 """A stand-in for a rank, started by the launcher's tests: `worker.py SCRIPT train CONFIG --resume R [KEY=VALUE ...]`.
 
-SCRIPT says what to do in each attempt, as JSON: {"ATTEMPT": {"RANK": ACTION}}. A rank without an action is done at
-once.
+SCRIPT says what to do in each attempt, as JSON: {"ATTEMPT": {"RANK": ACTION}}; "*" stands for all others. A rank without
+an action is done at once.
 """
 
 import json
@@ -18,7 +18,35 @@ attempt = max(int(path.name[8:]) for path in (run / "logs").glob("attempt-*"))
 with (run / f"seen-{attempt}-{rank}.json").open("w") as file:
     json.dump({"argv": sys.argv[2:], "env": dict(os.environ), "pid": os.getpid()}, file)
 
-match script.get(str(attempt), {}).get(rank, "done"):
+
+def train() -> None:
+    """Steps of 50 ms until there is a file named "finish"; saves and stops when asked to, as a real rank does."""
+    stop: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: stop.append(number))
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    steps = [int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")]
+    step = max(steps, default=0)
+    if rank == "0":
+        kept = run / "metrics.jsonl.kept"
+        kept.write_text("".join(f'{{"step":{number}}}\n' for number in range(1, step + 1)))
+        kept.replace(run / "metrics.jsonl")
+    while not (run / "finish").exists():
+        time.sleep(0.05)
+        step += 1
+        if rank == "0":
+            with (run / "metrics.jsonl").open("a") as metrics:
+                metrics.write(f'{{"step":{step}}}\n')
+        if stop:
+            if rank == "0":
+                (run / f"checkpoints/step-{step:08d}").mkdir(parents=True, exist_ok=True)
+            os._exit(75)
+
+
+actions = script.get(str(attempt), script.get("*", {}))
+match actions.get(rank, actions.get("*", "done")):
+    case "train":
+        train()
     case "done":
         print(f"rank {rank} is done", flush=True)
     case "bar":

@@ -1,0 +1,128 @@
+"""What a run over nodes tells about itself: RUN/launch/state.json now, RUN/launch/events.jsonl since its beginning.
+
+An event is {"time": seconds since the epoch, "event": what, "node": name or null, "step": number or null, "detail": {...}}.
+
+    supervisor  one has started on `detail.host`, in job `detail.job`
+    joined      a node's agent has come; detail.job
+    excluded    a node is not to be used any more; detail.why
+    lost        a node is gone; detail.why
+    failed      a rank has ended; detail.rank, detail.how
+    attempt     ranks are being started; detail: attempt, kind, since, nodes, ranks, layout, resume. `kind` is why: start,
+                rank, hang, port, spare, back (a node that was lost is there again), shrink, grow, leave (a node was taken
+                away with a warning), again (the run was started again), host (its supervisor had died). `since` is the
+                time at which that was noticed.
+    step        the first step of an attempt is in the metrics (of very short ones perhaps the second)
+    ended       all ranks of an attempt have ended; detail.statuses
+    stop        asked to stop by detail.signal
+    again       the cluster was asked to start the run again; detail.why, detail.accepted
+    finished    the supervisor ends with detail.status
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STATE = "launch/state.json"
+EVENTS = "launch/events.jsonl"
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """From a fault that was noticed to the first step after it.
+
+    Attributes:
+        kind: as of the attempt.
+        seconds: how long it took.
+        step: the first step.
+    """
+
+    kind: str
+    seconds: float
+    step: int
+
+
+class History:
+    """Writes both files of a run. An event is one line, so that a crash leaves whole ones."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        (run_dir / "launch").mkdir(parents=True, exist_ok=True)
+        self._last = ""
+
+    def event(self, event: str, node: str | None = None, step: int | None = None, **detail: object) -> None:
+        """Add an event."""
+        line = json.dumps({"time": time.time(), "event": event, "node": node, "step": step, "detail": detail})
+        with (self._run_dir / EVENTS).open("a") as file:
+            file.write(line + "\n")
+
+    def state(self, state: Mapping[str, object]) -> None:
+        """Replace the state, if it is another."""
+        text = json.dumps(state, indent=1)
+        if text != self._last:
+            self._last = text
+            temporary = self._run_dir / (STATE + ".tmp")
+            temporary.write_text(text + "\n")
+            temporary.replace(self._run_dir / STATE)
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """All events of a run in order; none before the first. A line that a crash cut is left out."""
+    path = run_dir / EVENTS
+    events = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            events.append(json.loads(line))
+    return events
+
+
+def recoveries(run_dir: Path) -> list[Recovery]:
+    """How long each fault of a run has stopped it, in order; those that were followed by the next before any step: not."""
+    found = []
+    start: dict[str, Any] | None = None
+    for event in read_events(run_dir):
+        if event["event"] == "attempt":
+            start = event["detail"]
+        elif event["event"] == "step" and start is not None:
+            if start["kind"] != "start":
+                found.append(Recovery(start["kind"], event["time"] - start["since"], event["step"]))
+            start = None
+    return found
+
+
+class FirstStep:
+    """Notices the first step of an attempt by the growth of metrics.jsonl.
+
+    The ranks cut it back to the step that they resume from, in a new file, before they add to it.
+    """
+
+    EVERY = 0.1  # seconds between looks
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        self._seen = self._look()
+        self._looked = 0.0
+        self.done = False
+
+    def came(self) -> bool:
+        """Whether it has come since the last call; True once."""
+        if self.done or time.monotonic() - self._looked < self.EVERY:
+            return False
+        self._looked = time.monotonic()
+        before, self._seen = self._seen, self._look()
+        self.done = before[0] == self._seen[0] and self._seen[1] > before[1]
+        return self.done
+
+    def _look(self) -> tuple[int, int]:
+        """(inode, size); a file that is not there yet is as good as an empty one."""
+        try:
+            with self._path.open("rb") as file:  # opened, as a network file system shows a new size only then
+                file.seek(0, 2)
+                return self._path.stat().st_ino, file.tell()
+        except FileNotFoundError:
+            return 0, 0
