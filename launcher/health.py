@@ -102,22 +102,23 @@ def node_problems(node: str, run_dir: Path, limits: LaunchConfig, readings: Read
     return [Problem(node, *finding) for finding in findings]
 
 
-def clock_problem(node: str, theirs: float, sent: float, received: float, limits: LaunchConfig) -> Problem | None:
-    """Hold a node's clock against ours.
+def clock_difference(theirs: float, sent: float, received: float) -> float:
+    """Seconds that another clock is ahead of ours, at least; behind it if negative.
 
     Args:
-        node: its name.
-        theirs: its time, in seconds since the epoch, at some moment between the next two.
+        theirs: its time, in seconds since the epoch, at some moment between the next two. A slow answer is no wrong clock.
         sent: ours when it was asked.
         received: ours when the answer was there.
-        limits: of the run.
     """
+    return min(0.0, theirs - sent) + max(0.0, theirs - received)
+
+
+def clock_problem(node: str, difference: float, limits: LaunchConfig) -> Problem | None:
+    """What a :func:`clock_difference` means."""
     allowed = limits.health.clock
-    # Where in between they looked at their clock is not known: a slow answer is no wrong clock.
-    off = sent - theirs if theirs < sent else max(0.0, theirs - received)
-    if limits.health.check == "off" or not allowed or off <= allowed:
+    if limits.health.check == "off" or not allowed or abs(difference) <= allowed:
         return None
-    measured = f"{off:.1f} s {'behind' if theirs < sent else 'ahead of'} the supervisor's"
+    measured = f"{abs(difference):.1f} s {'behind' if difference < 0 else 'ahead of'} the supervisor's"
     return Problem(
         node, "clock", measured, f"at most {allowed:g} s (launch.health.clock)", "start its time service (chrony)"
     )

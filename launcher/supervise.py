@@ -19,7 +19,9 @@ from pathlib import Path
 
 from launcher.beginnings import how_it_begins, in_vain
 from launcher.cluster import Cluster
+from launcher.examine import examine
 from launcher.group import POLL
+from launcher.health import clock_problem
 from launcher.history import FirstStep, History
 from launcher.hub import Hub, Node
 from launcher.invitation import FILE
@@ -157,6 +159,7 @@ class _Supervisor:
         self._came: set[str] = set()
         self._before: list[str] = []
         self._at_work: list[Node] = []
+        self._measured: set[Node] = set()
 
     def run(self, expected: int, kind: str, since: float) -> _End:
         """One attempt after the other; the first waits for ``expected`` agents."""
@@ -167,6 +170,8 @@ class _Supervisor:
             if nodes is None:
                 there = len(self._hub.nodes)
                 return _End(FAILED, f"only {there} nodes are left, and the run needs {self._request.sizes[0]}")
+            if not self._sound(nodes):
+                continue
             if kind == "lost":
                 kind = self._how_replaced(nodes)
             ended = self._attempt(nodes, kind, since)
@@ -199,6 +204,27 @@ class _Supervisor:
                 return None
             self._hub.poll(POLL)
         return None
+
+    def _sound(self, nodes: list[Node]) -> bool:
+        """Whether these nodes are fit to work together; those that are not are excluded."""
+        health = self._limits.health
+        if health.check == "off":
+            return True
+        # With those that stand by: one that takes a lost node's place is not measured then.
+        wanted = [*nodes, *(node for node in self._usable() if node not in nodes)]
+        measure = health.check == "full" and not self._measured.issuperset(nodes)
+        self._report.state("checking")
+        found = examine(self._hub, wanted if measure else nodes, self._limits, measure, lambda: bool(self._caught))
+        for line in found.told:
+            self._terminal.say(line)
+        if measure and found.complete:
+            self._measured.update(wanted)
+            names = [node.name for node in wanted]
+            self._history.event("measured", nodes=names, all_reduce_gbit=found.all_reduce, told=found.told)
+        for node, why in found.bad:
+            if node.name in self._hub.nodes:
+                self._exclude(node.name, why)
+        return found.complete and not found.bad
 
     def _attempt(self, nodes: list[Node], kind: str, since: float) -> _Ended:
         layout = choose_layout(self._settings, len(nodes) * ranks_per_node(self._settings))
@@ -326,8 +352,8 @@ class _Supervisor:
             self._history.event(what, node=node.name, job=node.job, why=node.gone)
             if what == "lost":
                 self._terminal.say(f"node {node.name} is lost: {node.gone}")
-            elif node.problems:
-                self._exclude(node.name, "; ".join(node.problems))
+            elif problems := [*node.problems, *filter(None, [clock_problem(node.name, node.clock, self._limits)])]:
+                self._exclude(node.name, "; ".join(map(str, problems)))
         for node in list(self._hub.nodes.values()):
             if node.asked and node.job == self._report.job:
                 self._caught.append(node.asked)  # the whole allocation is to stop
