@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from launcher.ranks import environment, free_port
+from launcher.placement import Place, environment
+from launcher.ranks import free_port
 from tests.warm import run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -117,9 +118,9 @@ def with_fault(
 
 
 def _ranks(folder: Path, nproc: int, argv: list[str], timeout: float) -> list[tuple[int, str]]:
-    port = free_port()
+    place = Place(0, nproc, nproc, 0, "127.0.0.1", free_port(), "127.0.0.1")
     base = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return run_ranks(argv, [environment(base, rank, nproc, port) for rank in range(nproc)], folder, timeout)
+    return run_ranks(argv, [environment(base, place, rank, 1) for rank in range(nproc)], folder, timeout)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
