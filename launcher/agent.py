@@ -18,6 +18,7 @@ from pathlib import Path
 
 from launcher.group import POLL
 from launcher.guard import Guard
+from launcher.history import is_over
 from launcher.invitation import Invitation, Pulse, read_invitation
 from launcher.placement import Place, environment, numa_nodes, share_cores
 from launcher.probe import Probe
@@ -65,7 +66,7 @@ def run_agent(
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline and not caught:
             invitation = read_invitation(run_dir)
-            if invitation is None and known is not None:
+            if invitation is None and (known is not None or is_over(run_dir)):
                 _say(node, "the run is over")
                 return 0
             if invitation is None or (wire := agent.join(invitation)) is None:

@@ -72,6 +72,14 @@ class History:
             temporary.replace(self._run_dir / STATE)
 
 
+def is_over(run_dir: Path) -> bool:
+    """Whether the last supervisor of a run has ended it, with no other to come by itself."""
+    try:
+        return json.loads((run_dir / STATE).read_text())["phase"] in ("done", "stopped", "failed")
+    except FileNotFoundError:
+        return False
+
+
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """All events of a run in order; none before the first. A line that a crash cut is left out."""
     path = run_dir / EVENTS

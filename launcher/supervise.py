@@ -190,6 +190,7 @@ class _Supervisor:
         """
         sizes, began = self._request.sizes, time.monotonic()
         first = not self._before
+        self._at_work = []
         self._report.state("starting" if first else "waiting")
         while not self._caught:
             self._look(wish=not first)
@@ -268,8 +269,6 @@ class _Supervisor:
                 by_themselves = stop_ranks(team, self._caught, grace, self._terminal, why)
             elif culprit is not None:
                 frozen = last_words(team, culprit[1])
-        self._at_work = []
-        self._look(wish=True)
         self._history.event("ended", statuses=dict(team.ended()))
         return _Ended(team, noticed, culprit, stop, change, by_themselves, frozen, first_step.done)
 
