@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -87,7 +88,7 @@ def examine(hub: Hub, nodes: Sequence[Node], limits: LaunchConfig, measure: bool
                 found.bad.append((node, str(problem)))
         report = answers.get(nodes[0], {})
         if report.get("status") == 0:
-            found.all_reduce = _judge(json.loads(report["report"]), nodes, limits, found).all_reduce / GBIT
+            _judge(_parsed(report.get("report")), nodes, limits, found)
         elif not found.bad:
             failed = ", ".join(node.name for node in nodes if answers.get(node, {}).get("status") != 0)
             found.told.append(f"the collective between the nodes failed on {failed}: {report.get('said')}")
@@ -95,13 +96,24 @@ def examine(hub: Hub, nodes: Sequence[Node], limits: LaunchConfig, measure: bool
     return found
 
 
-def _judge(report: dict[str, object], nodes: Sequence[Node], limits: LaunchConfig, found: Findings) -> Links:
-    links = Links.from_json(report, len(nodes))
+def _judge(report: dict[str, object], nodes: Sequence[Node], limits: LaunchConfig, found: Findings) -> None:
+    try:
+        links = Links.from_json(report, len(nodes))
+    except ValueError as error:
+        found.told.append(f"the links between the nodes are not known: {nodes[0].name} sent {error}")
+        return
     problems, told = link_problems(links, [node.name for node in nodes], limits.health)
     by_name = {node.name: node for node in nodes}
     found.bad += [(by_name[problem.node], str(problem)) for problem in problems]
     found.told += told
-    return links
+    found.all_reduce = links.all_reduce / GBIT
+
+
+def _parsed(text: object) -> dict[str, object]:
+    with contextlib.suppress(ValueError, TypeError):
+        if isinstance(message := json.loads(str(text)), dict):
+            return message
+    return {}
 
 
 class _Check:

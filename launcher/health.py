@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 
 from launcher.gpus import GIB, Finding, Query, gpu_findings, query
-from megamoe.config.schema import LaunchConfig
+from megamoe.config.schema import Config, LaunchConfig
+from megamoe.config.size import model_size
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -124,14 +125,17 @@ def clock_problem(node: str, difference: float, limits: LaunchConfig) -> Problem
     )
 
 
-def room_problem(run_dir: Path, need: int, readings: Readings | None = None) -> str | None:
-    """Why the run's folder has no room for ``need`` bytes, in one line. All nodes share it, so that none is to blame."""
+def room_problem(settings: Config, readings: Readings | None = None) -> str | None:
+    """Why the run's folder, which exists, has no room for one more checkpoint. All nodes share it: none is to blame."""
+    optim, run_dir = settings.optim, settings.run.folder
+    moments = 2 if optim.name == "adamw" else int(optim.momentum > 0)
+    need = model_size(settings).parameters * 4 * (1 + moments)  # weights and moments in fp32
     free = (readings or real_readings()).space(run_dir)
-    if free >= need:
+    if settings.launch.health.check == "off" or free >= need:
         return None
     return (
-        f"run.dir {run_dir}: {free / GIB:.1f} GiB free, {need / GIB:.1f} GiB needed for a checkpoint; "
-        f"make room, lower checkpoint.keep or choose another run.dir"
+        f"run.dir {run_dir}: {free / GIB:.2f} GiB free, a checkpoint needs {need / GIB:.2f} GiB; "
+        f"make room or choose another run.dir"
     )
 
 

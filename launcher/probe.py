@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock, Thread
 
+from launcher.health_collective import CANNOT
 from launcher.meeting import meet
 from launcher.output import last_lines
 from launcher.placement import Place, environment
@@ -98,7 +99,8 @@ class Probe:
     def _wait(self, message: Message, wire: Wire, processes: list[subprocess.Popen[str]]) -> None:
         output = processes[0].stdout
         report = "" if output is None else output.read()
-        # The first that failed by itself; the others may only have lost it.
-        status = max(process.wait() for process in processes)
+        # One that failed by itself comes first; the others may only have lost it.
+        statuses = [process.wait() for process in processes]
+        status = CANNOT if CANNOT in statuses else next(filter(None, statuses), 0)
         said = "" if status == 0 else " / ".join(last_lines(self._log, 3))[-SAID:]
         wire.send("measured", check=message["check"], status=status, said=said, report=report)

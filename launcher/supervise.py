@@ -21,7 +21,7 @@ from launcher.beginnings import how_it_begins, in_vain
 from launcher.cluster import Cluster
 from launcher.examine import examine
 from launcher.group import POLL
-from launcher.health import clock_problem
+from launcher.health import clock_problem, room_problem
 from launcher.history import FirstStep, History
 from launcher.hub import Hub, Node
 from launcher.invitation import FILE
@@ -62,7 +62,7 @@ def supervise(config_path: Path, overrides: Sequence[str], resume: str, settings
         Exit status, as of ``launch_local``; 75 also when there are too few nodes and the cluster starts the run again.
 
     Raises:
-        UserError: no layout fits the numbers of nodes, or the run's folder cannot be written.
+        UserError: no layout fits the numbers of nodes, or the run's folder cannot be written or has no room.
     """
     sizes = team_sizes(settings)
     run_dir, limits = settings.run.folder, settings.launch
@@ -73,6 +73,9 @@ def supervise(config_path: Path, overrides: Sequence[str], resume: str, settings
         hub = Hub(run_dir, cluster.job, limits.node_timeout, terminal)
     except OSError as error:
         raise UserError(f"run.dir {run_dir}: cannot be written ({error.strerror}); choose another run.dir") from error
+    if why := room_problem(settings):
+        hub.close()
+        raise UserError(why)
     history.event("supervisor", host=socket.gethostname(), job=cluster.job, pid=os.getpid())
     report = Report(history, hub, cluster.job)
     try:

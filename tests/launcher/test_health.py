@@ -19,8 +19,10 @@ from launcher.health import (
     free_memory,
     node_problems,
     real_readings,
+    room_problem,
 )
-from megamoe.config.schema import LaunchConfig
+from megamoe.config.schema import Config, LaunchConfig
+from megamoe.config.size import model_size
 
 GPU = {
     "gpu": "0, GPU-aa, 4, 0\n1, GPU-bb, 4, [N/A]\n",
@@ -82,6 +84,17 @@ def test_a_run_folder_that_is_not_there_or_cannot_be_written_is_told(tmp_path: P
     assert "cannot be written (No such file or directory)" in line and "mount it there" in line
     (line,) = lines(Path("/proc"), limits())
     assert line.startswith("n7: run.dir /proc: cannot be written")
+
+
+def test_a_run_folder_without_room_for_a_checkpoint_is_the_run_s_problem_and_no_node_s(tmp_path: Path) -> None:
+    config = Config.model_validate({"run": {"dir": str(tmp_path)}})
+    assert room_problem(config) is None
+    made_up = replace(real_readings(), space=lambda folder: GIB // 2)
+    line = room_problem(config, made_up)
+    assert line is not None and "0.50 GiB free, a checkpoint needs " in line and str(tmp_path) in line
+    sgd = config.model_copy(update={"optim": config.optim.model_copy(update={"name": "sgd"})})
+    three = replace(real_readings(), space=lambda folder: model_size(config).parameters * 5)
+    assert room_problem(sgd, three) is None and room_problem(config, three) is not None
 
 
 def test_a_made_up_memory_limit_of_a_job_counts_without_the_page_cache(tmp_path: Path) -> None:
