@@ -60,6 +60,7 @@ def run_agent(
     Raises:
         UserError: RUN/launch/supervisor.json belongs to another user.
     """
+    run_dir = run_dir.absolute()
     agent = _Agent(run_dir, node, job, command, checks)
     with Guard() as guard, caught_signals() as caught:
         known: Invitation | None = None
@@ -192,6 +193,7 @@ class _Agent:
         base = os.environ | {"MEGAMOE_TERMINAL": "0"}
         variables = {rank: environment(base, place, local, cores[local]) for local, rank in enumerate(numbers)}
         try:
+            os.chdir(message["workdir"])  # paths in the config may be relative
             # The supervisor made it, which this node's view of the shared file system may not show yet.
             folder.mkdir(parents=True, exist_ok=True)
             cpus = dict(zip(numbers, shares, strict=True)) if shares else None

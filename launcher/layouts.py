@@ -15,13 +15,13 @@ def choose_layout(config: Config, ranks: int) -> Layout | None:
 
     Global batch, micro-batch and so the order of samples stay; accumulation follows. Near is what changes the fewest
     factors of two in ``parallel.pipeline`` and ``parallel.expert``; of two that are equally near, the one that leaves
-    each rank less of the model to hold.
+    each rank less of the model to hold (stages share all of it, expert parallelism only the experts).
     """
     parallel = config.parallel
 
-    def distance(layout: Layout) -> tuple[float, float]:
+    def distance(layout: Layout) -> tuple[float, float, int]:
         stages, experts = layout.pipeline / parallel.pipeline, layout.expert / parallel.expert
-        return round(abs(math.log2(stages)) + abs(math.log2(experts)), 9), -stages * experts
+        return round(abs(math.log2(stages)) + abs(math.log2(experts)), 9), -stages * experts, -layout.pipeline
 
     return min(_fitting(config, ranks), key=distance, default=None)
 

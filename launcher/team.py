@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -64,6 +65,7 @@ class Team(RankGroup):
                 "start",
                 attempt=self._attempt,
                 place=asdict(place),
+                workdir=os.getcwd(),
                 config=str(config),
                 resume=resume,
                 overrides=list(overrides),

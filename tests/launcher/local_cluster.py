@@ -77,7 +77,8 @@ def start_agent(run: Path, node: str, job: str, command: Sequence[str], problems
     hook = str(run / "orphaned")
     process = subprocess.Popen(
         [sys.executable, str(HERE / "agent_process.py"), str(run), node, job, hook, problems, *command],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # Threads of several ranks that wait for each other on two cores make all of them ten times slower.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
     (run / f"agent-{node}").write_text(str(process.pid))
@@ -114,7 +115,7 @@ class Supervised:
     def bring(self, node: str, job: str = "2") -> None:
         start_agent(self.run, node, job, self._command)
 
-    def until(self, condition: Callable[[], object], seconds: float = 240) -> None:
+    def until(self, condition: Callable[[], object], seconds: float = 480) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, f"ended too early: {self.process.communicate()[1]}"
@@ -131,7 +132,7 @@ class Supervised:
         return [mark for mark in marks if mark in ("attempt", "step", "ended")][-1]
 
     def end(self) -> tuple[int, str]:
-        _, said = self.process.communicate(timeout=240)
+        _, said = self.process.communicate(timeout=480)
         return self.process.returncode, said
 
 
