@@ -31,12 +31,14 @@ class Findings:
     Attributes:
         bad: nodes that are not to be used, and why in one line.
         told: what else people should know, a line each.
+        measured: the collective was tried.
         all_reduce: bandwidth of the collective in Gbit/s; 0 if there was none.
         complete: all checks came to their end; not so when a node was lost or somebody asked to stop.
     """
 
     bad: list[tuple[Node, str]] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
+    measured: bool = False
     all_reduce: float = 0.0
     complete: bool = False
 
@@ -82,6 +84,7 @@ def examine(hub: Hub, nodes: Sequence[Node], limits: LaunchConfig, measure: bool
         )
         if answers is None:
             return found
+        found.measured = True
         for node, answer in answers.items():
             if answer["status"] == CANNOT:
                 problem = Problem(node.name, "collective", "cannot begin", "each process has to", str(answer.get("said")))

@@ -77,6 +77,7 @@ class Hub:
 
     def poll(self, seconds: float) -> None:
         """Take in what comes within ``seconds``; returns at once when something does."""
+        self._reap()  # what was found broken when it was written to has no file descriptor any more
         wires = {node.wire: node for node in self.nodes.values()}
         sources: list[Wire | socket.socket] = [self._listener, *wires, *self._newcomers]
         for source in select.select(sources, [], [], seconds)[0]:
@@ -87,16 +88,8 @@ class Hub:
                 self._greet(source)
             else:
                 self._accept()
+        self._reap()
         now = time.monotonic()
-        for wire, (_, since, _) in list(self._newcomers.items()):
-            if wire.closed or now - since > GREETING:
-                wire.close("turned away")
-                del self._newcomers[wire]
-        for node in list(self.nodes.values()):
-            if node.wire.closed:
-                self._lose(node, f"its agent {node.wire.closed}")
-            elif now - node.wire.heard > self._timeout:
-                self._lose(node, f"no sign of life for {self._timeout:g} s (launch.node_timeout)")
         if now - self._beat > BEAT:
             self._beat = now
             self._pulse.beat()
@@ -194,6 +187,18 @@ class Hub:
                 self._terminal.pass_on(text.encode(errors="surrogateescape"), to_stderr)
             case _:
                 node.inbox.append(message)
+
+    def _reap(self) -> None:
+        now = time.monotonic()
+        for wire, (_, since, _) in list(self._newcomers.items()):
+            if wire.closed or now - since > GREETING:
+                wire.close("turned away")
+                del self._newcomers[wire]
+        for node in list(self.nodes.values()):
+            if node.wire.closed:
+                self._lose(node, f"its agent {node.wire.closed}")
+            elif now - node.wire.heard > self._timeout:
+                self._lose(node, f"no sign of life for {self._timeout:g} s (launch.node_timeout)")
 
     def _lose(self, node: Node, why: str) -> None:
         node.gone = why

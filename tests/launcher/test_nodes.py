@@ -84,6 +84,28 @@ def test_a_rank_that_dies_restarts_all_on_the_same_nodes(config: Path, tmp_path:
     assert recovery.kind == "rank" and 0 < recovery.seconds < 30
 
 
+def test_a_port_that_somebody_took_and_a_hang_are_told_apart_from_a_failure(config: Path, tmp_path: Path) -> None:
+    script = {"1": {"0": "port-taken", "1": "hang"}, "2": {"0": "hang", "1": "hang-and-end"}, **TRAIN}
+    with supervised(
+        tmp_path, tmp_path / "run", config, "launch.max_restarts=1", nodes=["n1", "n2"], command=worker(script)
+    ) as run:
+        run.until_step_of_attempt(3)
+        (run.run / "finish").touch()
+        status, said = run.end()
+    assert status == 0, said
+    assert [kind for kind, _ in run.attempts()] == ["start", "port", "hang"]
+    ports = {seen(run.run, attempt, 1)["env"]["MASTER_PORT"] for attempt in (1, 2, 3)}  # type: ignore[index]
+    assert len(ports) == 3 and "rank 1 hangs in step 7: waits for data" in said and "restart 1 of at most 1" in said
+
+
+def test_a_wrong_request_is_said_once_and_not_repeated(config: Path, tmp_path: Path) -> None:
+    script = {"1": {"0": "hang", "1": "refuse"}}
+    with supervised(tmp_path, tmp_path / "run", config, nodes=["n1", "n2"], command=worker(script)) as run:
+        status, said = run.end()
+    assert status == 2 and len(run.attempts()) == 1
+    assert said.endswith("megamoe: error: optim.lr 7: is silly; use 1\n")
+
+
 def test_a_lost_node_is_replaced_by_a_spare_at_once(config: Path, tmp_path: Path) -> None:
     with supervised(
         tmp_path, tmp_path / "run", config, "launch.spares=1", nodes=["n1", "n2", "n3"], command=worker(TRAIN)

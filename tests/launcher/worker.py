@@ -52,6 +52,8 @@ match actions.get(rank, actions.get("*", "done")):
     case "bar":
         sys.stderr.write("step 1\rstep 2\r")
         print("to stdout", flush=True)
+    case "port-taken":
+        sys.exit("The server socket has failed to listen. code: -98, name: EADDRINUSE, message: address already in use")
     case "refuse":
         print("megamoe: error: optim.lr 7: is silly; use 1", file=sys.stderr)
         sys.exit(2)

@@ -44,6 +44,7 @@ def test_a_host_that_cannot_connect_with_another_is_excluded_and_named(three: Ne
     (excluded,) = run.events("excluded")
     assert excluded["node"] == "n3" and "no connection with n2" in excluded["detail"]["why"]
     assert [each["detail"]["nodes"] for each in run.events("attempt")] == [["n1", "n2"]]
+    assert [each["detail"]["nodes"] for each in run.events("measured")] == [["n1", "n2"]]
 
 
 def test_nothing_of_a_network_is_left_behind(two: Network) -> None:
