@@ -21,6 +21,7 @@ from launcher.guard import Guard
 from launcher.history import is_over
 from launcher.invitation import Invitation, Pulse, read_invitation
 from launcher.placement import Place, environment, numa_nodes, share_cores
+from launcher.probe import Probe
 from launcher.ranks import Ranks, caught_signals
 from launcher.wire import BEAT, Message, Wire, new_nonce, proof, proves
 from megamoe.statuses import FAILED
@@ -48,7 +49,8 @@ def run_agent(
         node: name of this node; an agent of the same name takes the place of an earlier one.
         job: name of the allocation that this agent runs in (``Cluster.job`` for those of the main one).
         command: what to start in place of this Python's ``megamoe``.
-        checks: looks at the node before it offers itself; the problems found, one line each, exclude it from the run.
+        checks: looks at the node before it offers itself and before each attempt; the problems found, one line each,
+            exclude it from the run.
         orphaned: has the run started again, since its supervisor is dead; called by one of the agents left, with why.
         patience: seconds to wait for a supervisor, at first and after one is lost.
 
@@ -59,7 +61,7 @@ def run_agent(
         UserError: RUN/launch/supervisor.json belongs to another user.
     """
     run_dir = run_dir.absolute()
-    agent = _Agent(run_dir, node, job, command, list(checks()))
+    agent = _Agent(run_dir, node, job, command, checks)
     with Guard() as guard, caught_signals() as caught:
         known: Invitation | None = None
         deadline = time.monotonic() + patience
@@ -91,8 +93,12 @@ def run_agent(
 class _Agent:
     """What serves one supervisor after the other."""
 
-    def __init__(self, run_dir: Path, node: str, job: str, command: Sequence[str], problems: list[str]) -> None:
-        self._run_dir, self._node, self._job, self._command, self._problems = run_dir, node, job, command, problems
+    def __init__(
+        self, run_dir: Path, node: str, job: str, command: Sequence[str], checks: Callable[[], Sequence[str]]
+    ) -> None:
+        self._run_dir, self._node, self._job, self._command = run_dir, node, job, command
+        self._problems = list(checks())
+        self._probe = Probe(checks, run_dir / f"launch/health-{node}.log")
         self._ranks: Ranks | None = None
         self._reported: set[int] = set()
         self._attempt = 0
@@ -110,7 +116,15 @@ class _Agent:
             if first is not None and isinstance(theirs := first.get("nonce"), str):
                 nonce = new_nonce()
                 answer = proof(invitation.token, "agent", theirs)
-                wire.send("hello", proof=answer, nonce=nonce, node=self._node, job=self._job, problems=self._problems)
+                wire.send(
+                    "hello",
+                    proof=answer,
+                    nonce=nonce,
+                    node=self._node,
+                    job=self._job,
+                    problems=self._problems,
+                    clock=time.time(),
+                )
                 welcome = wire.first(KNOCK)
                 if welcome is not None and proves(welcome, invitation.token, "supervisor", nonce):
                     self.tolerance = float(welcome["patience"])
@@ -143,6 +157,7 @@ class _Agent:
             return None
         finally:
             self._end()
+            self._probe.close()
             wire.close("left")
 
     def _obey(self, message: Message, wire: Wire, guard: Guard) -> None:
@@ -154,6 +169,10 @@ class _Agent:
                 self._start(message, wire, guard)
             case {"verb": "signal", "signum": int(signum)} if signum in SIGNALS and self._ranks is not None:
                 self._ranks.signal(signum)
+            case {"verb": "meet"}:
+                self._probe.meet(message, wire)
+            case {"verb": "measure"}:
+                self._probe.measure(message, wire)
             case {"verb": "frozen"} if self._ranks is not None:
                 wire.send("frozen", attempt=self._attempt, processes=self._ranks.frozen())
             case {"verb": "end", "attempt": int(attempt)}:
@@ -162,6 +181,7 @@ class _Agent:
 
     def _start(self, message: Message, wire: Wire, guard: Guard) -> None:
         self._end()
+        self._probe.close()
         place = Place(**message["place"])
         arguments = [*self._command, "train", message["config"], "--resume", message["resume"], *message["overrides"]]
         folder = self._run_dir / f"logs/attempt-{self._attempt}"

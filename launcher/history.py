@@ -7,6 +7,7 @@ An event is {"time": seconds since the epoch, "event": what, "node": name or nul
     excluded    a node is not to be used any more; detail.why
     lost        a node is gone; detail.why
     failed      a rank has ended; detail.rank, detail.how
+    measured    the links between nodes were; detail: nodes, all_reduce_gbit, told (what is slow)
     attempt     ranks are being started; detail: attempt, kind, since, nodes, ranks, layout, resume. `kind` is why: start,
                 rank, hang, port, spare, back (a node that was lost is there again), shrink, grow, leave (a node was taken
                 away with a warning), again (the run was started again), host (its supervisor had died). `since` is the

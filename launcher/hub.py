@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launcher.health import clock_difference
 from launcher.invitation import Invitation, Pulse
 from launcher.output import Terminal
 from launcher.placement import own_addresses
@@ -27,6 +28,7 @@ class Node:
         name: its name; an agent that says the same name takes its place.
         job: allocation that it belongs to.
         problems: what its checks found; it is not used then.
+        clock: seconds that its clock is ahead of ours, at least; behind it if negative.
         joined: seconds since the epoch.
         gone: why it is lost; empty while it is there.
         asked: signal by which its agent was asked to stop; 0 if it was not.
@@ -36,6 +38,7 @@ class Node:
     name: str
     job: str
     problems: list[str]
+    clock: float
     wire: Wire
     joined: float = field(default_factory=time.time)
     gone: str = ""
@@ -59,7 +62,7 @@ class Hub:
         self.nodes: dict[str, Node] = {}
         self.news: list[tuple[str, Node]] = []
         self._timeout, self._terminal = timeout, terminal
-        self._newcomers: dict[Wire, tuple[str, float]] = {}
+        self._newcomers: dict[Wire, tuple[str, float, float]] = {}
         self._refused: dict[str, str] = {}
         self._beat = 0.0
         self._listener = socket.create_server(("", 0), backlog=128)
@@ -136,17 +139,24 @@ class Hub:
             connection.close()
             return
         wire, nonce = Wire(connection), new_nonce()
+        self._newcomers[wire] = nonce, time.monotonic(), time.time()
         wire.send("challenge", nonce=nonce)
-        self._newcomers[wire] = nonce, time.monotonic()
 
     def _greet(self, wire: Wire) -> None:
-        nonce, _ = self._newcomers[wire]
+        nonce, _, challenged = self._newcomers[wire]
         message = wire.first(0)
         if message is None:  # not all of it is there yet
             return
         del self._newcomers[wire]
         match message:
-            case {"verb": "hello", "node": str(name), "job": str(job), "nonce": str(theirs), "problems": list(problems)}:
+            case {
+                "verb": "hello",
+                "node": str(name),
+                "job": str(job),
+                "nonce": str(theirs),
+                "problems": list(problems),
+                "clock": float(clock),
+            }:
                 known = proves(message, self._invitation.token, "agent", nonce) and NAME.fullmatch(name)
             case _:
                 known = None
@@ -162,7 +172,9 @@ class Hub:
             return
         if name in self.nodes:
             self._lose(self.nodes[name], "its agent was started again")
-        self.nodes[name] = Node(name, job, [str(each) for each in problems], wire)
+        self.nodes[name] = Node(
+            name, job, [str(each) for each in problems], clock_difference(clock, challenged, time.time()), wire
+        )
         self.news.append(("joined", self.nodes[name]))
 
     def _take(self, node: Node, message: Message) -> None:
@@ -178,7 +190,7 @@ class Hub:
 
     def _reap(self) -> None:
         now = time.monotonic()
-        for wire, (_, since) in list(self._newcomers.items()):
+        for wire, (_, since, _) in list(self._newcomers.items()):
             if wire.closed or now - since > GREETING:
                 wire.close("turned away")
                 del self._newcomers[wire]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from launcher.beginnings import how_it_begins, in_vain
 from launcher.cluster import Cluster
+from launcher.health import room_problem
 from launcher.history import History
 from launcher.hub import Hub
 from launcher.layouts import team_sizes
@@ -46,7 +47,7 @@ def supervise(config_path: Path, overrides: Sequence[str], resume: str, settings
         Exit status, as of ``launch_local``; 75 also when there are too few nodes and the cluster starts the run again.
 
     Raises:
-        UserError: no layout fits the numbers of nodes, or the run's folder cannot be written.
+        UserError: no layout fits the numbers of nodes, or the run's folder cannot be written or has no room.
     """
     sizes = team_sizes(settings)
     run_dir, limits = settings.run.folder, settings.launch
@@ -57,6 +58,9 @@ def supervise(config_path: Path, overrides: Sequence[str], resume: str, settings
         hub = Hub(run_dir, cluster.job, limits.node_timeout, terminal)
     except OSError as error:
         raise UserError(f"run.dir {run_dir}: cannot be written ({error.strerror}); choose another run.dir") from error
+    if why := room_problem(settings):
+        hub.close()
+        raise UserError(why)
     history.event("supervisor", host=socket.gethostname(), job=cluster.job, pid=os.getpid())
     report = Report(history, hub, cluster.job)
     request = Request(config_path, overrides, settings, sizes)

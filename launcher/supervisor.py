@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.examine import examine
 from launcher.group import POLL
+from launcher.health import clock_problem
 from launcher.history import FirstStep, History
 from launcher.hub import Hub, Node
 from launcher.invitation import FILE
@@ -99,6 +101,7 @@ class Supervisor:
         self._came: set[str] = set()
         self._before: list[str] = []
         self._at_work: list[Node] = []
+        self._measured: set[Node] = set()
 
     def run(self, expected: int, kind: str, since: float) -> End:
         """One attempt after the other; the first waits for ``expected`` agents."""
@@ -109,6 +112,8 @@ class Supervisor:
             if nodes is None:
                 there = len(self._hub.nodes)
                 return End(FAILED, f"only {there} nodes are left, and the run needs {self._request.sizes[0]}")
+            if not self._sound(nodes):
+                continue
             if kind == "lost":
                 kind = self._how_replaced(nodes)
             ended = self._attempt(nodes, kind, since)
@@ -142,6 +147,27 @@ class Supervisor:
                 return None
             self._hub.poll(POLL)
         return None
+
+    def _sound(self, nodes: list[Node]) -> bool:
+        """Whether these nodes are fit to work together; those that are not are excluded."""
+        health = self._limits.health
+        if health.check == "off":
+            return True
+        # With those that stand by: one that takes a lost node's place is not measured then.
+        wanted = [*nodes, *(node for node in self._usable() if node not in nodes)]
+        measure = health.check == "full" and not self._measured.issuperset(nodes)
+        self._report.state("checking")
+        found = examine(self._hub, wanted if measure else nodes, self._limits, measure, lambda: bool(self._caught))
+        for line in found.told:
+            self._terminal.say(line)
+        if found.measured:
+            self._measured.update(wanted)
+            names = [node.name for node in wanted]
+            self._history.event("measured", nodes=names, all_reduce_gbit=found.all_reduce, told=found.told)
+        for node, why in found.bad:
+            if node.name in self._hub.nodes:
+                self._exclude(node.name, why)
+        return found.complete and not found.bad
 
     def _attempt(self, nodes: list[Node], kind: str, since: float) -> _Ended:
         layout = choose_layout(self._settings, len(nodes) * ranks_per_node(self._settings))
@@ -267,8 +293,8 @@ class Supervisor:
             self._history.event(what, node=node.name, job=node.job, why=node.gone)
             if what == "lost":
                 self._terminal.say(f"node {node.name} is lost: {node.gone}")
-            elif node.problems:
-                self._exclude(node.name, "; ".join(node.problems))
+            elif problems := [*node.problems, *filter(None, [clock_problem(node.name, node.clock, self._limits)])]:
+                self._exclude(node.name, "; ".join(map(str, problems)))
         for node in list(self._hub.nodes.values()):
             if node.asked and node.job == self._report.job:
                 self._caught.append(node.asked)  # the whole allocation is to stop

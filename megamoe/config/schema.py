@@ -354,6 +354,31 @@ class SlurmConfig(Section):
     setup: list[str] = Field([], description="Shell lines before the start, such as module load cuda.")
 
 
+class HealthConfig(Section):
+    """What a node must have before ranks start on it (`megamoe launch`). Of a limit, 0 turns it off. Sizes in GiB."""
+
+    check: Literal["full", "quick", "off"] = Field(
+        "full",
+        description="quick: each node looks at itself (GPUs, memory, disk, clock) and whether it reaches the others, at "
+        "each start. full: also a short collective over all nodes, whenever one is new; it takes some seconds.",
+    )
+    # Python with torch and DeepSpeed takes 0.6 GiB before the model comes.
+    free_memory: NonNegative = Field(1.0, description="Free host memory for each rank, within the job's own limit.")
+    # Containers have 64 MiB unless told otherwise: data workers die in it with a bus error.
+    free_shared: NonNegative = Field(0.25, description="Free space in /dev/shm.")
+    # Compilers and spooled shards write there, and a full one ends a rank after hours.
+    free_temporary: NonNegative = Field(1.0, description="Free space in the folder for temporary files.")
+    # A display or a monitor takes a few hundred MiB; what another job has forgotten takes more.
+    gpu_used: NonNegative = Field(1.0, description="Memory of a GPU that others may use.")
+    # Nodes of a site agree to milliseconds; whoever is seconds off has lost its time server, and its logs mislead.
+    clock: NonNegative = Field(5.0, description="Seconds that a node's clock may differ from the supervisor's.")
+    # Racks and neighbours on a switch explain a factor of two; a link that has fallen back to a lower speed is at ten.
+    slow: NonNegative = Field(4.0, description="A link is slow when it is so many times slower than the others.")
+    bandwidth: NonNegative = Field(0.0, description="Gbit/s that each link must have; 0: they are held against each other.")
+    # A second on sound nodes; importing torch from a cold network file system takes most of this.
+    seconds: Positive = Field(120.0, description="Seconds that the checks between the nodes may take.")
+
+
 class LaunchConfig(Section):
     """How a run is started and kept going, by `megamoe train --nproc N` and by `megamoe launch`."""
 
@@ -386,6 +411,7 @@ class LaunchConfig(Section):
     bind: Literal["auto", "none"] = Field(
         "auto", description="auto: each rank on its own share of the node's cores, next to its memory (NUMA)."
     )
+    health: HealthConfig = HealthConfig()
     slurm: SlurmConfig = SlurmConfig()
 
 

@@ -28,7 +28,13 @@ def config(tmp_path: Path) -> Path:
         tmp_path,
         small_config(
             train={"global_batch": 12},
-            launch={"nodes": 2, "max_restarts": 3, "node_timeout": 6.0, "stop_grace": 10.0},
+            launch={
+                "nodes": 2,
+                "max_restarts": 3,
+                "node_timeout": 6.0,
+                "stop_grace": 10.0,
+                "health": {"check": "quick"},
+            },
         ),
     )
 
