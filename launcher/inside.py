@@ -39,6 +39,7 @@ def supervise_run(run_dir: Path) -> int:
 def serve_run(run_dir: Path, node: str) -> int:
     """Serve the supervisor of the run on ``node``; the exit status."""
     from launcher.agent import run_agent
+    from launcher.health import node_problems
 
     request = Request.read(run_dir)
     os.chdir(request.workdir)
@@ -48,7 +49,10 @@ def serve_run(run_dir: Path, node: str) -> int:
         Terminal().say(f"{node}: {why}")
         orphaned(run_dir, settings)
 
-    return run_agent(run_dir, node, os.environ.get("SLURM_JOB_ID", ""), orphaned=start_again)
+    def checks() -> list[str]:
+        return list(map(str, node_problems(node, run_dir, settings.launch)))
+
+    return run_agent(run_dir, node, os.environ.get("SLURM_JOB_ID", ""), checks=checks, orphaned=start_again)
 
 
 def _where_the_run_is(run_dir: Path, request: Request) -> str:

@@ -29,6 +29,7 @@ from megamoe.statuses import FAILED, HUNG, NO_PROGRESS, STOPPED
 
 COMING = 120.0  # seconds for the agents of the allocation to come: Python from a cold network file system takes its time
 SETTLED = 2.0  # seconds; nodes that come together are taken in together
+SAME_MOMENT = 2.0  # seconds in which a signal to all processes of a job reaches them
 PORT_TRIES = 3
 CHANGES = {"grow": "nodes have come", "leave": "a node is taken away"}
 
@@ -98,6 +99,7 @@ class Supervisor:
         self._launched = (self._run_dir / FILE).stat().st_mtime
         self._restarts, self._losses = Restarts(self._limits), Losses(self._limits)
         self._port_tries = 0
+        self._from_agents = 0  # of the signals caught
         self._came: set[str] = set()
         self._before: list[str] = []
         self._at_work: list[Node] = []
@@ -255,16 +257,33 @@ class Supervisor:
         return "hang" if status == HUNG else "rank"
 
     def _stopped(self, status: int, words: str) -> End:
-        """Somebody has asked to stop. SIGUSR1 is a time limit: the run goes on later. Others mean it."""
+        """Somebody has asked to stop: a person, who means it, or the batch system, and then the run goes on later."""
+        again = self._taken_away() if status else None
         signum = self._caught[0] if self._caught else 0
         self._history.event("stop", signal=signal_name(signum) if signum else None)
         if status == 0:
             return End(0)
-        if signal.SIGUSR1 in self._caught and signal.SIGINT not in self._caught:
+        if again is not None:
             self._terminal.say(words)
-            return End(status, signal_name(signal.SIGUSR1))
+            return End(status, again)
         self._terminal.say(f"{words}; go on with: megamoe launch resume {self._run_dir}")
         return End(status)
+
+    def _taken_away(self) -> str | None:
+        """Why the run should go on later; None when somebody has ended it.
+
+        SIGUSR1 is a time limit. SIGTERM to the agents alone is a preemption: whoever cancels the job (scancel) sends it to
+        the batch script as well, that is to this process, at the same moment.
+        """
+        if signal.SIGINT in self._caught:
+            return None
+        if signal.SIGUSR1 in self._caught:
+            return signal_name(signal.SIGUSR1)
+        deadline = time.monotonic() + SAME_MOMENT
+        while len(self._caught) == self._from_agents and time.monotonic() < deadline:
+            self._hub.poll(POLL)
+            self._look(wish=False)
+        return "the nodes are taken away" if self._caught and len(self._caught) == self._from_agents else None
 
     def _stop_between(self) -> End:
         state = run_state(self._run_dir, self._launched)
@@ -298,6 +317,7 @@ class Supervisor:
         for node in list(self._hub.nodes.values()):
             if node.asked and node.job == self._report.job:
                 self._caught.append(node.asked)  # the whole allocation is to stop
+                self._from_agents += 1
                 node.asked = 0
             elif node.asked and node not in self._at_work:
                 self._hub.dismiss(node, f"its job was told to stop ({signal_name(node.asked)})")

@@ -182,6 +182,17 @@ def test_a_signal_lets_all_save_and_only_a_time_limit_starts_the_run_again(
     assert len(list(run.run.glob("checkpoints/step-*"))) == 1 and "saved at step" in said
 
 
+def test_nodes_that_are_taken_away_bring_the_run_back_later(config: Path, tmp_path: Path) -> None:
+    with supervised(tmp_path, tmp_path / "run", config, nodes=["n1", "n2"], command=worker(TRAIN)) as run:
+        run.until_step_of_attempt(1)
+        # a preemption: SIGTERM to the tasks of the job, and none to its batch script
+        os.kill(run.agent("n1"), signal.SIGTERM)
+        os.kill(run.agent("n2"), signal.SIGTERM)
+        status, said = run.end()
+    assert status == STOPPED, said
+    assert run.asked("run_again") == [["the nodes are taken away"]]
+
+
 def test_agents_end_all_when_the_supervisor_is_killed_and_one_has_the_run_started_again(
     config: Path, tmp_path: Path
 ) -> None:
