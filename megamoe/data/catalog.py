@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -20,11 +21,11 @@ from megamoe.data.index import SampleEntry, ShardIndex, learn_index, read_index
 from megamoe.data.remote import ShardUnavailable
 from megamoe.data.shards import is_remote, repeated_labels, shard_label
 from megamoe.data.split import held_out, key_hash
-from megamoe.data.storage import Storage
+from megamoe.data.storage import MOST_FILES, Storage
 from megamoe.data.urls import unsigned
 from megamoe.errors import DataError
 
-_MAPPED = 1024  # indexes mapped at a time; their pages belong to the system, which shares them among processes
+_KEPT = 128  # shards and indexes that are open even if fewer are in use, so that the next windows find theirs
 _PLACES = 4096  # names kept at hand
 _SIZED = 10_000  # sizes of so many local shards are part of the fingerprint; more would take a start-up too long
 
@@ -127,6 +128,16 @@ class Catalog:
         self._storage = storage
         self._loaded: OrderedDict[str, _Known] = OrderedDict()
         self._places: dict[tuple[int, int], tuple[str, str]] = {}
+        self.keep(0)
+
+    def keep(self, shards: int) -> None:
+        """Keep so many shards and their indexes open, as far as the limit of open files allows.
+
+        An index is a view of its file. The pages of both belong to the system, which shares them among all processes.
+        """
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        files = MOST_FILES if files == resource.RLIM_INFINITY else files
+        self._limit = self._storage.limit = max(1, min(max(shards, _KEPT), files // 4))  # two each, half for others
 
     def label(self, source: int, shard: int) -> str:
         """The shard's name in sample ids: see :func:`megamoe.data.shards.shard_labels`."""
@@ -224,7 +235,7 @@ class Catalog:
         except DataError as error:
             raise self._bad(shard, error) from error
         known = self._loaded[shard] = _known(index, self._data.held_out)
-        if len(self._loaded) > _MAPPED:
+        while len(self._loaded) > self._limit:
             self._loaded.popitem(last=False)
         return known
 

@@ -12,6 +12,7 @@ import gc
 import mmap
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NoReturn, Protocol
+
+from megamoe.data.storage import MOST_FILES
 
 _DEAF_TO = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _GRACE = 5.0  # seconds for a process that was killed to be gone
@@ -158,6 +161,10 @@ def serve(life: int, report: int, *handed: int) -> None:
     for number in _DEAF_TO:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _DEAF_TO)
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))  # a worker may have many shards open
     alive = Connection(life, writable=False)
     count = len(handed) // 2
     blocks, job, pipes = handed[:count], handed[count], handed[count + 1 :]

@@ -21,6 +21,7 @@ from megamoe.data.tar import BLOCK
 from megamoe.data.urls import masked
 from megamoe.errors import DataError
 
+MOST_FILES = 1 << 16  # that a process is given where the system sets no limit
 _GAP = 1 << 16  # bytes between members that are read in vain rather than asking twice
 
 
@@ -32,18 +33,17 @@ class _OpenShard:
 
 
 class Storage:
-    """Reads members of shards. One per process; at most ``open_files`` files are open at a time.
-
-    The default keeps the shards of the windows in use open and stays far below the usual limit of 1,024 descriptors.
+    """Reads members of shards. One per process.
 
     Attributes:
+        limit: shards that are open at a time; those used longest ago are closed first.
         counters: what was done so far: ``downloads`` and ``cache_hits`` of shards that are not local files, ``retries``
             and bytes ``received`` for them. The caller may take and clear them.
     """
 
-    def __init__(self, cache: ShardCache | None = None, open_files: int = 128) -> None:
+    def __init__(self, cache: ShardCache | None = None, limit: int = 128) -> None:
         self._cache = cache
-        self._limit = open_files
+        self.limit = limit
         self._open: OrderedDict[str, _OpenShard] = OrderedDict()
         self.counters: Counter[str] = Counter()
 
@@ -123,7 +123,7 @@ class Storage:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        if len(self._open) >= self._limit:
+        while len(self._open) >= self.limit:
             os.close(self._open.popitem(last=False)[1].descriptor)
         opened = self._open[shard] = self._open_shard(shard)
         return opened

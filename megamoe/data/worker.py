@@ -191,7 +191,9 @@ class LaneStream:
                 for packer, cursor, pixels_IHWC, text_3L in zip(packers, cursors, pixels, text, strict=True)
             ]
             cursors = [sequence.cursor for sequence in sequences]
-            cursor, lane = min(zip(cursors, lanes, strict=True))
+            first, last = min(zip(cursors, lanes, strict=True)), max(zip(cursors, lanes, strict=True))
+            catalog.keep(order.shards_between(first, last))
+            order.forget_before(first[1], first[0])
             counters, storage.counters = storage.counters, Counter()
             counters["seconds"] += time.perf_counter() - started  # type: ignore[assignment]
-            yield WorkerItem(number, lanes, sequences, tuple(order.anchors(lane, cursor)), counters)
+            yield WorkerItem(number, lanes, sequences, tuple(order.anchors(first[1], first[0])), counters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -272,6 +274,40 @@ def test_an_error_in_a_worker_comes_with_its_traceback(shards: DataSet, tokenize
 def workers_of(one: StepLoader) -> list[int]:
     assert isinstance(one._running, _InWorkers)
     return one._running.pids
+
+
+def test_with_fewer_open_files_than_shards_in_use_the_batches_are_the_same(
+    shards: DataSet,
+    tokenizer: Tokenizer,
+    reference: tuple[list[dict[int, Slot]], DataState],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits, opened = [], []
+    read = Storage.read
+
+    def watched(storage: Storage, *arguments: Any) -> list[memoryview]:
+        found = read(storage, *arguments)
+        limits.append(storage.limit)
+        opened.append(len(storage._open))
+        return found
+
+    monkeypatch.setattr(Storage, "read", watched)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (4, 4))
+    batches, state = run(shards, tokenizer, 12)
+    assert batches == reference[0] and state.cursors == reference[1].cursors
+    assert set(limits) == {1} and set(opened) == {1}
+
+
+@pytest.mark.parametrize(
+    ("in_use", "files", "kept"), [(0, 20_000, 128), (500, 20_000, 500), (500, 1024, 256), (9000, -1, 9000)]
+)
+def test_as_many_shards_are_open_as_are_in_use_within_the_limit_of_files(
+    shards: DataSet, monkeypatch: pytest.MonkeyPatch, in_use: int, files: int, kept: int
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    storage = Storage()
+    Catalog(shards, storage).keep(in_use)
+    assert storage.limit == kept
 
 
 SCRIPT = """

@@ -185,3 +185,33 @@ def test_starting_far_into_two_billion_samples_looks_at_one_window() -> None:
     order = SampleOrder([shards], [1.0], count, seed=3, lanes=4096, shuffle_shards=8, anchors=[anchor])
     assert order.locate(0, anchor.start // 4096 + 1).epoch == 3
     assert len(asked) == 8
+
+
+def test_forgetting_what_was_passed_changes_nothing_and_keeps_memory_bounded() -> None:
+    counts = [[3] * 700, [1] * 40]
+    whole, forgetful = make(counts, 5, 4), make(counts, 5, 4)
+    for k in range(9000):
+        for lane in range(4):
+            assert whole.locate(lane, k) == forgetful.locate(lane, k)
+        forgetful.forget_before(0, k)
+        assert whole.anchors(0, k) == forgetful.anchors(0, k)
+    assert len(whole._sources[0]._starts) > 1000 and all(len(each._starts) < 600 for each in forgetful._sources)
+
+
+def test_shards_in_use_are_those_of_the_windows_from_the_first_lane_to_the_last() -> None:
+    order = make([[10] * 20], lanes=5, shards=4)  # 40 samples per window, 8 of each lane
+    order.locate(4, 23)
+    assert order.shards_between((0, 0), (7, 4)) == 4
+    assert order.shards_between((0, 0), (8, 0)) == 8
+    assert order.shards_between((7, 4), (23, 4)) == 12
+
+
+def test_a_source_whose_samples_only_keep_their_places_is_an_error_and_no_endless_search() -> None:
+    def order(aside: set[int]) -> SampleOrder:
+        return SampleOrder(
+            [3], [1.0], lambda _, n: [0, 4, 5][n], seed=0, lanes=2, shuffle_shards=2, is_read=lambda _, n: n not in aside
+        )
+
+    assert len(head(order({1}), 500)) == 500
+    with pytest.raises(DataError, match="no shard of source 0 has a sample to train on"):
+        head(order({1, 2}), 500)
