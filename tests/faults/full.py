@@ -1,14 +1,14 @@
-"""`megamoe` with a fault: after a step the disk of a rank takes no more checkpoints (RLIMIT_FSIZE), and is slow to say so.
+"""`megamoe` with a fault: from a checkpoint on, the disk of a rank takes none (RLIMIT_FSIZE), and writing is slow for all.
 
 python full.py RANK,STEP train ...
 """
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import time
+from pathlib import Path
 
 _LIMIT = 1 << 16  # bytes of a file: enough for the records of a run
 
@@ -16,25 +16,18 @@ _LIMIT = 1 << 16  # bytes of a file: enough for the records of a run
 def main() -> None:
     from megamoe import cli
     from megamoe.checkpoint import checkpointer
-    from megamoe.parallel.engine import TrainEngine
+    from megamoe.checkpoint.folders import checkpoint_step
 
-    rank, at = sys.argv[1].split(",")
-    count = 0
-    step, write = TrainEngine.step, checkpointer.write_pieces
+    wrong, at = map(int, sys.argv[1].split(","))
+    write = checkpointer.write_pieces
 
-    def faulty(self: TrainEngine, *arguments: object) -> object:
-        nonlocal count
-        count += 1
-        if count > int(at) and os.environ["RANK"] == rank:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (_LIMIT, _LIMIT))
-        return step(self, *arguments)
-
-    def slow(*arguments: object) -> object:
+    def faulty(folder: Path, rank: int, pieces: object) -> object:
         time.sleep(0.5)
-        return write(*arguments)
+        if rank == wrong and (checkpoint_step(folder) or 0) >= at:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (_LIMIT, _LIMIT))
+        return write(folder, rank, pieces)
 
-    TrainEngine.step = faulty
-    checkpointer.write_pieces = slow
+    checkpointer.write_pieces = faulty
     cli.main(sys.argv[2:])
 
 

@@ -123,7 +123,7 @@ def test_killed_during_a_background_save_the_run_goes_on_from_the_one_before(
 
 
 def test_a_write_that_fails_stops_all_ranks_alike_and_the_last_good_one_stays(folder: Path) -> None:
-    ends = with_fault(folder, "full.py", "1,4", 2, "config.yaml", "run.name=full", *EXPERT_2, "train.steps=1000")
+    ends = with_fault(folder, "full.py", "1,8", 2, "config.yaml", "run.name=full", *EXPERT_2, "train.steps=1000")
     run = folder / "runs/full"
     for status, said in ends:
         assert status == REQUEST_IS_WRONG and "Traceback" not in said, said
