@@ -10,13 +10,13 @@ from peers.measure import Loader, Setting, run
 from peers.pictures import read_pictures, write_tars
 from torch import Tensor
 
-from data_tools.vocabulary import model_path, train_tokenizer
 from megamoe.config.schema import DataConfig, VisionConfig
 from megamoe.data.index import learn_index
 from megamoe.data.loader import StepLoader
 from megamoe.data.sources import open_data_set
 from megamoe.data.state import DataState
 from megamoe.data.tokenizer import Tokenizer
+from megamoe.data.vocabulary import model_path, train_tokenizer
 
 SHARD = 400
 ROOM = 60  # tokens of a sequence beside the picture's, enough for every caption

@@ -13,8 +13,8 @@ import click
 @click.option("--vocab-size", type=click.IntRange(1), required=True, help="Pieces; at least 261.")
 def tokenizer(shards: str, out: Path, vocab_size: int) -> None:
     """Train a sentencepiece vocabulary on the captions of SHARDS and write OUT.model."""
-    from data_tools.vocabulary import model_path, train_tokenizer
     from megamoe.data.samples import read_captions
+    from megamoe.data.vocabulary import model_path, train_tokenizer
 
     lost: list[str] = []
     captions = read_captions([shards], on_lost=lambda name, reason: lost.append(f"{name}: {reason}"))

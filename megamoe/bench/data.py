@@ -23,14 +23,15 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data_tools.records import read_records
-from data_tools.vocabulary import train_tokenizer
 from megamoe.bench.pictures import SIDE, caption, write_shards
 from megamoe.config.schema import DataConfig, VisionConfig
 from megamoe.data.catalog import DataSet, Source
 from megamoe.data.decode import decode_image
+from megamoe.data.index import build_index
 from megamoe.data.loader import StepLoader
+from megamoe.data.storage import Storage
 from megamoe.data.tokenizer import Tokenizer
+from megamoe.data.vocabulary import train_tokenizer
 
 PROCESSES = 2
 _IN_SEQUENCE = 8
@@ -119,7 +120,9 @@ def _decode_limit(shards: list[Path]) -> float:
 
 
 def _decode_all(shards: list[Path]) -> float:
-    pictures = [record.members["jpg"] for shard in shards for record in read_records(shard, _refuse)]
+    storage = Storage()
+    indexes = [(str(shard), build_index(shard)) for shard in shards]
+    pictures = [storage.read(name, [index.sample(i).image])[0] for name, index in indexes for i in range(index.samples)]
     batch = np.zeros((_BATCH, SIDE, SIDE, 3), dtype=np.uint8)
     for timed in (False, True):
         started, done = time.perf_counter(), 0
@@ -139,10 +142,6 @@ def _rate(counts: Iterator[int], samples: int) -> float:
         if seen >= samples * 0.7:
             break
     return seen / (time.perf_counter() - started)
-
-
-def _refuse(key: str, reason: str) -> None:
-    raise AssertionError(f"{key}: {reason}")
 
 
 def _pillow(data: bytes) -> torch.Tensor:

@@ -42,6 +42,7 @@ def next_batch(
         DataError: on all ranks, what one of them met: a shard that cannot be used while ``data.bad_shards`` says to stop,
             more than ``data.max_bad_shards`` of them, or too many samples in a row.
     """
+    sources = [source.name or str(number) for number, source in enumerate(data.train)]
     while True:
         watchdog.enter("waits for its part of the data", step)
         before = loader.state if loader is not None else None
@@ -53,7 +54,7 @@ def next_batch(
         except DataError as error:
             mine = _Failure(None, str(error), -1)
         watchdog.enter("waits for the other ranks to have their part of the data", step)
-        totals = step_totals(batch, mine is not None, stop.asked, device)
+        totals = step_totals(batch, mine is not None, stop.asked, sources, device)
         if not totals.failed:
             return batch, totals
         failures = _gather(mine)

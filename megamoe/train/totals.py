@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from megamoe.errors import DataError
 # Before that many samples a single bad one would already be a large share.
 _SAMPLES_BEFORE_LIMIT = 1000
 
+_OF_STEP = ("targets", "tokens", "samples", "lost", "drawn", "lost_shard", "truncated", "stops", "failed")
 _OF_SOURCE = ("samples", "bytes", "decode_seconds", "lost_image", "lost_caption", "lost_incomplete", "lost_shard")
 _OF_READING = ("downloads", "cache_hits", "retries", "received", "seconds")
 
@@ -24,7 +25,9 @@ class StepTotals:
 
     ``drawn``: samples that the lanes have moved on by; incomplete ones, which have no place in a lane, are lost as well.
     ``lost_shard``: those of the samples lost whose shard is in quarantine. ``stops``: ranks that were asked to stop.
-    ``failed``: ranks whose part is missing; then the other counts mean nothing.
+    ``failed``: ranks whose part is missing; then the other counts mean nothing. ``sources``: by name, what each source gave
+    (:class:`megamoe.data.lane.PackedSequence`); ``reading``: what bringing it took
+    (:class:`megamoe.data.worker.WorkerItem`).
     """
 
     targets: int
@@ -36,35 +39,31 @@ class StepTotals:
     truncated: int
     stops: int
     failed: int
+    sources: Mapping[str, Mapping[str, float]]
+    reading: Mapping[str, float]
 
 
-def step_totals(batch: StepBatch | None, failed: bool, stop: bool, device: torch.device) -> StepTotals:
-    """Sum the counts of the ranks that load data; the others pass None. All ranks call."""
-    mine = StepTotals(0, 0, 0, 0, 0, 0, 0, int(stop), int(failed))
+def step_totals(
+    batch: StepBatch | None, failed: bool, stop: bool, sources: Sequence[str], device: torch.device
+) -> StepTotals:
+    """Sum the counts of the ranks that load data; the others pass None. All ranks call, with the same ``sources``."""
+    pairs = [(number, what) for number in range(len(sources)) for what in _OF_SOURCE]
+    mine: list[float] = [0] * (len(_OF_STEP) + len(pairs) + len(_OF_READING))
     if batch is not None:
         tokens = sum(int((text[:, 1] > 0).sum()) for _, text in batch.micro_batches)
         shard = sum(count for (_, what), count in batch.counters.items() if what == "lost_shard")
         samples, lost = len(batch.samples), len(batch.lost)
         drawn = samples + lost - sum(count for (_, what), count in batch.counters.items() if what == "lost_incomplete")
-        mine = StepTotals(batch.targets, tokens, samples, lost, drawn, shard, batch.truncated, int(stop), 0)
-    counts = torch.tensor(astuple(mine), dtype=torch.int64, device=device)
-    dist.all_reduce(counts)
-    return StepTotals(*counts.tolist())
-
-
-def reading_totals(
-    batch: StepBatch | None, sources: Sequence[str], device: torch.device
-) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """What each source gave in this step, by name, and what bringing it took, over all ranks. All ranks call."""
-    pairs = [(number, what) for number in range(len(sources)) for what in _OF_SOURCE]
-    mine = [0.0] * (len(pairs) + len(_OF_READING))
-    if batch is not None:
-        mine = [*(batch.counters[pair] for pair in pairs), *(batch.reading[what] for what in _OF_READING)]
+        mine = [batch.targets, tokens, samples, lost, drawn, shard, batch.truncated, 0, 0]
+        mine += [*(batch.counters[pair] for pair in pairs), *(batch.reading[what] for what in _OF_READING)]
+    mine[len(_OF_STEP) - 2 : len(_OF_STEP)] = [stop, failed]
+    # in one go, since each costs a round over the network; counts are exact up to 2^53
     sums = torch.tensor(mine, dtype=torch.float64, device=device)
     dist.all_reduce(sums)
-    rounded = [round(value, 6) if value % 1 else int(value) for value in sums.tolist()]
-    given = {name: dict(zip(_OF_SOURCE, rounded[n * len(_OF_SOURCE) :], strict=False)) for n, name in enumerate(sources)}
-    return given, dict(zip(_OF_READING, rounded[len(pairs) :], strict=True))
+    counts = iter(round(value, 6) if value % 1 else int(value) for value in sums.tolist())
+    step = {what: int(next(counts)) for what in _OF_STEP}
+    given = {name: {what: next(counts) for what in _OF_SOURCE} for name in sources}
+    return StepTotals(**step, sources=given, reading=dict(zip(_OF_READING, counts, strict=True)))
 
 
 def check_losses(lost: int, samples: int, max_corrupt: float) -> None:

@@ -32,7 +32,7 @@ from megamoe.train.rollback import go_back
 from megamoe.train.schedule import learning_rate
 from megamoe.train.spikes import SpikeWatch
 from megamoe.train.stop import StopRequest
-from megamoe.train.totals import StepTotals, check_losses, reading_totals
+from megamoe.train.totals import StepTotals, check_losses
 from megamoe.train.watchdog import Watchdog
 
 _PACKAGES = ("torch", "deepspeed")
@@ -58,7 +58,6 @@ class Trainer:
         self.tokenizer = tokenizer
         self.fingerprints = {"tokenizer": tokenizer.fingerprint, "data": data_fingerprint(data)}
         _same_everywhere(self.fingerprints)
-        self.sources = [source.name for source in data.sources]
         self.flops_per_step = model_size(config).flops_per_sequence * config.train.global_batch
         history = Resume(config, resume, self.fingerprints)  # before minutes are spent on building the model
         self.engine = TrainEngine(config, layout, tokenizer.image_id, device)
@@ -145,9 +144,10 @@ class Trainer:
             self.tokens += totals.tokens
         if self.config.train.check_every and self.step % self.config.train.check_every == 0:
             self._check_agreement()
-        given, reading = reading_totals(batch, self.sources, self.device)
         record = self._record(result, totals, lr, batch, time.perf_counter() - started)
-        self.records.write(record | {"sources": given, "reading": reading}, batch if result.applied else None)
+        self.records.write(
+            record | {"sources": totals.sources, "reading": totals.reading}, batch if result.applied else None
+        )
         return totals.stops > 0
 
     def _compute(self, batch: StepBatch | None, totals: StepTotals, lr: float) -> StepResult:

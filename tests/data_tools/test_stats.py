@@ -23,8 +23,8 @@ import megamoe.report.figures
 from data_tools import stats as stats_module
 from data_tools.cli import data
 from data_tools.sketch import Sketch
-from data_tools.vocabulary import train_tokenizer
 from megamoe.data.tokenizer import Tokenizer
+from megamoe.data.vocabulary import train_tokenizer
 from megamoe.errors import DataError
 from tests.data.shard_factory import caption, write_tar
 

@@ -1,4 +1,4 @@
-"""`megamoe data tokenizer`: a sentencepiece vocabulary from the captions of shards."""
+"""A sentencepiece vocabulary from captions: what `megamoe data tokenizer` makes, and benchmarks for themselves."""
 
 from __future__ import annotations
 
