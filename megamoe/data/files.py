@@ -41,3 +41,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed writers have left of :func:`atomic_file` in ``folder``; nobody may be writing there now."""
+    for temporary in folder.glob(".*.tmp"):
+        temporary.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from megamoe.checkpoint.manifest import check_sizes, read_manifest
 from megamoe.checkpoint.remote import RemoteCheckpoints
 from megamoe.checkpoint.state import TrainState, check_fits
 from megamoe.config import Config
+from megamoe.data.files import remove_unfinished
 from megamoe.data.state import DataState
 from megamoe.errors import CheckpointError, DamagedCheckpoint
 from megamoe.metrics.audit import truncate_audit
@@ -79,6 +80,9 @@ class Resume:
             self._leave_in_mirror(step)
             for folder in tidy(self._run):
                 _say(f"{folder}: half-written, removed")
+            # All ranks are past their indexing, and no data worker has started yet.
+            for folder in (self._run, self._run / "index"):
+                remove_unfinished(folder)
             truncate_audit(self._run, step)
             truncate_lost(self._run, step)
         dist.barrier()

@@ -69,9 +69,8 @@ def prepare_folder(config: Config, tokenizer: Tokenizer) -> None:
     folder = config.run.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".config.yaml.{os.getpid()}"
-        temporary.write_text(dump_config(config), encoding="utf-8")
-        os.replace(temporary, folder / "config.yaml")
+        with atomic_file(folder / "config.yaml") as file:
+            file.write(dump_config(config).encode())
         with atomic_file(folder / TOKENIZER_FILE) as file:
             file.write(tokenizer.path.read_bytes())
     except OSError as error:

@@ -102,6 +102,17 @@ def test_a_checkpoint_of_another_run_becomes_the_runs_own(folder: Path) -> None:
     assert sorted(p.name[-1] for p in (run / "checkpoints").glob(".abandoned-*")) == ["2", "5", "6"]
 
 
+def test_what_killed_ranks_left_half_written_goes_with_the_next_start(folder: Path) -> None:
+    run = folder / "runs/base"
+    left = [run / ".config.yaml.77.tmp", run / "index/.00000.tar.idx.77.tmp"]
+    for path in left:
+        path.write_bytes(b"half")
+    before = sorted((run / "index").iterdir())
+    _auto(folder)
+    assert not any(path.exists() for path in left)
+    assert sorted((run / "index").iterdir()) == [path for path in before if path not in left]
+
+
 def test_killed_inside_saves_and_deletions_a_run_ends_as_if_undisturbed(folder: Path) -> None:
     """SIGKILL by the process itself at three places: a half-written file, just before publication, inside a deletion."""
     (folder / "hook").mkdir()
