@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ("1,3,moment", ["parallel.zero=3"], "step 3: master weights or moments of rank 1 have changed between two updates"),
         ("1,3,generator", [], "step 3: ranks disagree that must be equal: random generators of rank 0, 1 (of ranks 0, 1)"),
-        ("0,4,position", ["parallel.pipeline=2"], "step 4: data position: the lanes stand at "),
+        ("0,3,position", ["parallel.pipeline=2"], "step 3: data position: the lanes stand at "),
     ],
 )
 def test_a_flipped_bit_is_found_before_it_is_saved(folder: Path, fault: str, overrides: list[str], named: str) -> None:
