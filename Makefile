@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIP_INSTALL := $(PIP) install --quiet --constraint constraints.txt
 SOURCES := megamoe launcher data_tools slurm slurm/testbed tests benchmarks
 
-.PHONY: help install demo test chaos lint clean
+.PHONY: help install demo test chaos ladder lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show these lines
@@ -23,6 +23,10 @@ test: $(INSTALLED) ## Run all tests
 
 chaos: $(INSTALLED) ## Run 100 trainings under random faults (hours; goes on where it was); rewrite docs/chaos.md
 	$(BIN)/python -m benchmarks.chaos --json data/chaos/results.json --page docs/chaos.md
+
+ladder: $(INSTALLED) ## Tests on a real SLURM that take minutes, then a run under ten random failures: how long each stops it
+	$(BIN)/python -m pytest -q -m nightly tests/slurm
+	$(BIN)/python -m benchmarks.ladder
 
 lint: $(INSTALLED) ## Check style, format and types
 	$(BIN)/ruff check $(SOURCES)

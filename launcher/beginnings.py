@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from pathlib import Path
 
@@ -10,24 +11,32 @@ from launcher.history import read_events
 from launcher.invitation import Pulse
 
 
-def how_it_begins(run_dir: Path) -> tuple[str, float]:
-    """Kind of the first attempt (see :mod:`launcher.history`), and when what led to it was noticed."""
+def how_it_begins(run_dir: Path, job: str) -> tuple[str, float]:
+    """Kind of the first attempt in ``job`` (see :mod:`launcher.history`), and when what led to it was noticed."""
     events = read_events(run_dir)
-    for event in reversed(events):
-        match event:
-            case {"event": "again", "detail": {"accepted": True}}:
-                return "again", float(event["time"])
-            case {"event": "finished"}:
-                continue
-            case _:
-                break
-    if not events or events[-1]["event"] == "finished":
+    places = [place for place, event in enumerate(events) if event["event"] == "supervisor"]
+    last = events[places[-1] :] if places else []  # of the supervisor before this one
+    noticed = next((float(event["time"]) for event in last if event["event"] == "stop"), None)
+    again = next((event for event in last if event["event"] == "again" and event["detail"]["accepted"]), None)
+    if again is not None:
+        return "again", float(again["time"]) if noticed is None else noticed
+    # Of a job that is started again without our doing, `scontrol requeue` for one, only the signal was noticed.
+    if noticed is not None and last[0]["detail"]["job"] == job:
+        return "again", noticed
+    if not last or last[-1]["event"] == "finished":
         return "start", time.time()
     # The supervisor ended without a word, and was alive for the last time when its pulse beat, or it wrote that event.
-    since = float(events[-1]["time"])
+    since = max(float(event["time"]) for event in last if event["event"] != "orphaned")
     with contextlib.suppress(ValueError):
         since = max(since, float(Pulse(run_dir).read()))
     return "host", since
+
+
+def process_start() -> float:
+    """When this process was started, in seconds since the epoch: before Python has imported anything."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    ticks = os.sysconf("SC_CLK_TCK")
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + int(fields[19]) / ticks
 
 
 def in_vain(run_dir: Path, saved: int, limit: int) -> str | None:

@@ -2,7 +2,8 @@
 
 An event is {"time": seconds since the epoch, "event": what, "node": name or null, "step": number or null, "detail": {...}}.
 
-    supervisor  one has started on `detail.host`, in job `detail.job`
+    supervisor  one has started on `detail.host`, in job `detail.job`; its process at `detail.started`
+    orphaned    an agent has had the run started again, since its supervisor is dead
     joined      a node's agent has come; detail.job
     excluded    a node is not to be used any more; detail.why
     lost        a node is gone; detail.why
@@ -14,7 +15,7 @@ An event is {"time": seconds since the epoch, "event": what, "node": name or nul
                 time at which that was noticed.
     step        the first step of an attempt is in the metrics (of very short ones perhaps the second)
     ended       all ranks of an attempt have ended; detail.statuses
-    stop        asked to stop by detail.signal
+    stop        asked to stop by detail.signal; what follows is the saving
     again       the cluster was asked to start the run again; detail.why, detail.accepted
     finished    the supervisor ends with detail.status
 """
@@ -41,11 +42,14 @@ class Recovery:
         kind: as of the attempt.
         seconds: how long it took.
         step: the first step.
+        waited: how much of it the cluster took to start the run again: from the last that was heard of the run until the
+            process of its next supervisor began.
     """
 
     kind: str
     seconds: float
     step: int
+    waited: float = 0.0
 
 
 class History:
@@ -94,13 +98,18 @@ def recoveries(run_dir: Path) -> list[Recovery]:
     """How long each fault of a run has stopped it, in order; those that were followed by the next before any step: not."""
     found = []
     start: dict[str, Any] | None = None
+    waited, before = 0.0, 0.0
     for event in read_events(run_dir):
-        if event["event"] == "attempt":
+        if event["event"] == "supervisor":
+            waited += max(0.0, event["detail"].get("started", event["time"]) - before)
+        elif event["event"] == "attempt":
             start = event["detail"]
+            waited = waited if start["kind"] in ("again", "host") else 0.0
         elif event["event"] == "step" and start is not None:
             if start["kind"] != "start":
-                found.append(Recovery(start["kind"], event["time"] - start["since"], event["step"]))
-            start = None
+                found.append(Recovery(start["kind"], event["time"] - start["since"], event["step"], waited))
+            start, waited = None, 0.0
+        before = event["time"]
     return found
 
 

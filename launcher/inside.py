@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from launcher.history import History
 from launcher.output import Terminal
 from launcher.progress import run_state
 from launcher.request import FOLDER, Request, first_start, forget_job, note_job, noted_jobs
@@ -47,6 +48,7 @@ def serve_run(run_dir: Path, node: str) -> int:
 
     def start_again(why: str) -> None:
         Terminal().say(f"{node}: {why}")
+        History(run_dir).event("orphaned", node=node, why=why)
         orphaned(run_dir, settings)
 
     def checks() -> list[str]:

@@ -44,6 +44,7 @@ class SlurmCluster:
         self._goes_on = False
         self._lock = threading.Lock()
         self._wish = 0
+        self._waiting: tuple[str, list[str]] | None = None  # the helper job that was last changed, and how
         self._refusals = 0
         self._not_before = 0.0  # when to ask again after a refusal
         self._closed = threading.Event()
@@ -146,8 +147,7 @@ class SlurmCluster:
         if lacking <= 0:
             self._cancel(waiting)
         elif waiting:
-            # Changed rather than replaced: it keeps its place in the queue.
-            slurm(["scontrol", "update", f"JobId={waiting[0]}", f"NumNodes=1-{lacking}" if lacking > 1 else "NumNodes=1"])
+            self._change_helper(waiting[0], lacking, present | set(came))
         elif time.monotonic() >= self._not_before:
             try:
                 self._submit_helper(lacking, present | set(came))
@@ -161,10 +161,24 @@ class SlurmCluster:
         if self._refusals == 1:
             self._say(f"no further nodes for now: {error}")
 
+    def _change_helper(self, job: str, count: int, present: Collection[str]) -> None:
+        """Changed rather than replaced, a job keeps its place in the queue.
+
+        The nodes it must not use change, too: a node that is lost is one of ours until SLURM has noticed, and may return.
+        """
+        given = self._settings.launch.slurm.exclude
+        not_on = ",".join([*([given] if given else []), *self._not_on(present)])
+        wanted = [f"NumNodes=1-{count}" if count > 1 else "NumNodes=1", f"ExcNodeList={not_on}"]
+        if (job, wanted) != self._waiting:
+            slurm(["scontrol", "update", f"JobId={job}", *wanted])
+            self._waiting = job, wanted
+
+    def _not_on(self, present: Collection[str]) -> list[str]:
+        return [*dict.fromkeys([*self._nodes(), *sorted(present), *excluded_nodes(self._run_dir)])]
+
     def _submit_helper(self, count: int, present: Collection[str]) -> None:
         left = durations.seconds(slurm(["squeue", "--noheader", f"--jobs={self.job}", "--format=%L"]).strip() or "INVALID")
-        not_on = [*dict.fromkeys([*self._nodes(), *sorted(present), *excluded_nodes(self._run_dir)])]
-        options = helper_options(self._settings, self._run_dir, Path.cwd(), count, not_on, left)
+        options = helper_options(self._settings, self._run_dir, Path.cwd(), count, self._not_on(present), left)
         script = helper_script(options, self._settings, self._run_dir)
         (self._run_dir / FOLDER / "helper.sh").write_text(script, encoding="utf-8")
         job = slurm(["sbatch", "--parsable"], script, outside_job([each for _, group in options for each in group]))

@@ -26,7 +26,8 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         ``run`` (folder), ``jobs`` (id -> kind, state, nodes, elapsed, limit, reason; those in the queue), ``queue`` (why
         SLURM could not be asked, or null), ``step``, ``steps``, ``saved`` (step of the newest checkpoint), ``excluded``
         (node -> reason), ``supervisor`` (what state.json in RUN/launch says, or null), ``events`` (those of events.jsonl),
-        ``recoveries`` (kind, seconds and step of each way from a fault to the first new step).
+        ``recoveries`` (kind, seconds and step of each way from a fault to the first new step, and
+        seconds of it that the cluster took).
 
     Raises:
         UserError: nothing was launched there.
@@ -81,8 +82,10 @@ def as_text(status: dict[str, Any], events: int) -> str:
     if nodes := state.get("nodes"):
         text += ["", *_table(("node", "address", "state", "job", "since"), [_node(node) for node in nodes])]
     if recoveries := status["recoveries"]:
-        rows = [[each["kind"], f"{each['seconds']:.1f} s", str(each["step"])] for each in recoveries]
-        text += ["", *_table(("recovery", "took", "to step"), rows)]
+        rows = [
+            [each["kind"], f"{each['seconds']:.1f} s", f"{each['waited']:.1f} s", str(each["step"])] for each in recoveries
+        ]
+        text += ["", *_table(("recovery", "took", "of it the cluster", "to step"), rows)]
     if events and status["events"]:
         text += [
             "",

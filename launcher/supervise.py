@@ -14,7 +14,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.beginnings import how_it_begins, in_vain
+from launcher.beginnings import how_it_begins, in_vain, process_start
 from launcher.cluster import Cluster
 from launcher.health import room_problem
 from launcher.history import History
@@ -54,14 +54,14 @@ def supervise(config_path: Path, overrides: Sequence[str], resume: str, settings
     terminal = Terminal()
     try:
         history = History(run_dir)
-        kind, since = how_it_begins(run_dir)
+        kind, since = how_it_begins(run_dir, cluster.job)
         hub = Hub(run_dir, cluster.job, limits.node_timeout, terminal)
     except OSError as error:
         raise UserError(f"run.dir {run_dir}: cannot be written ({error.strerror}); choose another run.dir") from error
     if why := room_problem(settings):
         hub.close()
         raise UserError(why)
-    history.event("supervisor", host=socket.gethostname(), job=cluster.job, pid=os.getpid())
+    history.event("supervisor", host=socket.gethostname(), job=cluster.job, pid=os.getpid(), started=process_start())
     report = Report(history, hub, cluster.job)
     request = Request(config_path, overrides, settings, sizes)
     # To the very end: being started again begins with signals to this process, and wishes still have to be cancelled.

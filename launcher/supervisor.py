@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,8 @@ from megamoe.statuses import FAILED, HUNG, NO_PROGRESS, STOPPED
 
 COMING = 120.0  # seconds for the agents of the allocation to come: Python from a cold network file system takes its time
 SETTLED = 2.0  # seconds; nodes that come together are taken in together
-SAME_MOMENT = 2.0  # seconds in which a signal to all processes of a job reaches them
 PORT_TRIES = 3
+SAME_SIGNAL = 2.0  # seconds within which a signal for the whole job reaches its agents and its supervisor
 CHANGES = {"grow": "nodes have come", "leave": "a node is taken away"}
 
 
@@ -99,7 +100,7 @@ class Supervisor:
         self._launched = (self._run_dir / FILE).stat().st_mtime
         self._restarts, self._losses = Restarts(self._limits), Losses(self._limits)
         self._port_tries = 0
-        self._from_agents = 0  # of the signals caught
+        self._by_agents: list[int] = []  # what of the caught signals only reached agents
         self._came: set[str] = set()
         self._before: list[str] = []
         self._at_work: list[Node] = []
@@ -207,6 +208,8 @@ class Supervisor:
             if team.lost():
                 pass  # nobody can save without the others: all ranks are killed on the way out
             elif stop or change is not None:
+                if stop:
+                    self._note_stop()
                 self._report.state("stopping", folder.name, layout, team, self._resume)
                 grace = self._limits.stop_grace + PEER_GRACE
                 why = None if stop or change is None else CHANGES[change]
@@ -256,36 +259,38 @@ class Supervisor:
             return End(given_up)
         return "hang" if status == HUNG else "rank"
 
+    def _note_stop(self) -> None:
+        self._history.event("stop", signal=signal_name(self._caught[0]) if self._caught else None)
+
     def _stopped(self, status: int, words: str) -> End:
-        """Somebody has asked to stop: a person, who means it, or the batch system, and then the run goes on later."""
-        again = self._taken_away() if status else None
-        signum = self._caught[0] if self._caught else 0
-        self._history.event("stop", signal=signal_name(signum) if signum else None)
+        """Somebody has asked to stop: for good, or the run goes on later."""
         if status == 0:
             return End(0)
-        if again is not None:
+        if (again := self._why_again()) is not None:
             self._terminal.say(words)
             return End(status, again)
         self._terminal.say(f"{words}; go on with: megamoe launch resume {self._run_dir}")
         return End(status)
 
-    def _taken_away(self) -> str | None:
-        """Why the run should go on later; None when somebody has ended it.
+    def _why_again(self) -> str | None:
+        """Why the run is to be started again after the signals that came; None if it is not.
 
-        SIGUSR1 is a time limit. SIGTERM to the agents alone is a preemption: whoever cancels the job (scancel) sends it to
-        the batch script as well, that is to this process, at the same moment.
+        SIGUSR1 is a time limit. SIGTERM for the agents alone is how SLURM announces preemption: it gives the job its
+        nodes back only if it still runs at the end of the grace, or asks for it. SIGTERM for this process means it: the
+        run was cancelled, or it was requeued, and is started again without our doing.
         """
-        if signal.SIGINT in self._caught:
+        deadline = time.monotonic() + SAME_SIGNAL
+        while not (ours := Counter(self._caught) - Counter(self._by_agents)) and time.monotonic() < deadline:
+            self._hub.poll(POLL)
+            self._look(wish=False)
+        if signal.SIGINT in ours:
             return None
         if signal.SIGUSR1 in self._caught:
             return signal_name(signal.SIGUSR1)
-        deadline = time.monotonic() + SAME_MOMENT
-        while len(self._caught) == self._from_agents and time.monotonic() < deadline:
-            self._hub.poll(POLL)
-            self._look(wish=False)
-        return "the nodes are taken away" if self._caught and len(self._caught) == self._from_agents else None
+        return None if ours or signal.SIGTERM not in self._by_agents else "SIGTERM for the nodes alone (preemption)"
 
     def _stop_between(self) -> End:
+        self._note_stop()
         state = run_state(self._run_dir, self._launched)
         return self._stopped(
             STOPPED, f"stopped at step {state.reached} between two attempts; no step that was saved is lost"
@@ -316,8 +321,8 @@ class Supervisor:
                 self._exclude(node.name, "; ".join(map(str, problems)))
         for node in list(self._hub.nodes.values()):
             if node.asked and node.job == self._report.job:
-                self._caught.append(node.asked)  # the whole allocation is to stop
-                self._from_agents += 1
+                self._by_agents.append(node.asked)  # the whole allocation is to stop
+                self._caught.append(node.asked)
                 node.asked = 0
             elif node.asked and node not in self._at_work:
                 self._hub.dismiss(node, f"its job was told to stop ({signal_name(node.asked)})")

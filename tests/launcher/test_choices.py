@@ -92,16 +92,39 @@ def test_the_time_of_a_recovery_is_from_the_notice_to_the_first_step(tmp_path: P
     assert recoveries(tmp_path) == [Recovery("rank", 8, 5), Recovery("shrink", 8, 6)]
 
 
+def test_what_the_cluster_took_of_a_recovery_is_known(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        (10, "supervisor", None, {"job": "7", "started": 8}),
+        (11, "attempt", None, {"kind": "start", "since": 10}),
+        (20, "step", 1, {}),
+        (30, "stop", None, {}),
+        (32, "finished", None, {}),
+        (55, "supervisor", None, {"job": "7", "started": 52}),
+        (56, "attempt", None, {"kind": "again", "since": 30}),
+        (60, "step", 2, {}),
+        (70, "attempt", None, {"kind": "rank", "since": 69}),
+        (75, "step", 3, {}),
+    )
+    assert recoveries(tmp_path) == [Recovery("again", 30, 2, waited=20), Recovery("rank", 6, 3)]
+
+
 def test_a_run_knows_why_it_is_started(tmp_path: Path) -> None:
-    assert how_it_begins(tmp_path)[0] == "start"
-    write(tmp_path, (10, "step", 1, {}), (11, "again", None, {"accepted": True, "saved": 0}), (12, "finished", None, {}))
-    assert how_it_begins(tmp_path) == ("again", 11)
-    write(tmp_path, (20, "attempt", None, {"kind": "again", "since": 11}), (21, "finished", None, {}))
-    assert how_it_begins(tmp_path)[0] == "start"  # by a person
-    write(tmp_path, (30, "attempt", None, {"kind": "start", "since": 30}))
-    assert how_it_begins(tmp_path) == ("host", 30)
+    def started(at: float) -> tuple[float, str, int | None, dict[str, object]]:
+        return (at, "supervisor", None, {"job": "7"})
+
+    assert how_it_begins(tmp_path, "7")[0] == "start"
+    write(tmp_path, started(9), (11, "again", None, {"accepted": True, "saved": 0}), (12, "finished", None, {}))
+    assert how_it_begins(tmp_path, "7") == ("again", 11)
+    write(tmp_path, started(13), (20, "attempt", None, {"kind": "again", "since": 11}), (21, "finished", None, {}))
+    assert how_it_begins(tmp_path, "7")[0] == "start"  # by a person
+    write(tmp_path, started(22), (25, "stop", None, {"signal": "SIGTERM"}), (26, "finished", None, {}))
+    assert how_it_begins(tmp_path, "7") == ("again", 25), "SLURM has requeued the job"
+    assert how_it_begins(tmp_path, "8")[0] == "start"  # a job that a person has submitted after he had stopped that one
+    write(tmp_path, started(29), (30, "attempt", None, {"kind": "start", "since": 30}), (60, "orphaned", None, {}))
+    assert how_it_begins(tmp_path, "7") == ("host", 30)
     (tmp_path / "launch/pulse").write_text("44.5\n")
-    assert how_it_begins(tmp_path) == ("host", 44.5)
+    assert how_it_begins(tmp_path, "7") == ("host", 44.5)
 
 
 def test_a_run_is_not_started_again_for_ever(tmp_path: Path) -> None:
@@ -115,8 +138,8 @@ def test_a_run_is_not_started_again_for_ever(tmp_path: Path) -> None:
 
 def test_a_cut_line_of_the_history_is_left_out(tmp_path: Path) -> None:
     before = time.time()
-    History(tmp_path).event("joined", node="n1")
+    History(tmp_path).event("supervisor", job="7")
     with (tmp_path / EVENTS).open("a") as file:
         file.write('{"time": 1, "ev')
     assert recoveries(tmp_path) == []
-    assert how_it_begins(tmp_path)[1] >= before
+    assert how_it_begins(tmp_path, "7")[1] >= before

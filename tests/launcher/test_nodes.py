@@ -168,29 +168,29 @@ def test_with_too_few_nodes_the_run_is_started_again(config: Path, tmp_path: Pat
     assert run.attempts()[-1] == ("again", ["n1", "n2"])
 
 
-@pytest.mark.parametrize(("signum", "again"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
-def test_a_signal_lets_all_save_and_only_a_time_limit_starts_the_run_again(
-    signum: signal.Signals, again: bool, config: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("whom", "signum", "again"),
+    [
+        ("agent", signal.SIGUSR1, [["SIGUSR1"]]),  # scancel without --batch
+        ("agent", signal.SIGTERM, [["SIGTERM for the nodes alone (preemption)"]]),
+        ("supervisor", signal.SIGUSR1, [["SIGUSR1"]]),
+        ("supervisor", signal.SIGTERM, []),
+        ("both", signal.SIGTERM, []),  # scancel, scontrol requeue
+    ],
+)
+def test_a_signal_lets_all_save_and_a_time_limit_or_preemption_starts_the_run_again(
+    whom: str, signum: signal.Signals, again: list[list[str]], config: Path, tmp_path: Path
 ) -> None:
     with supervised(tmp_path, tmp_path / "run", config, nodes=["n1", "n2"], command=worker(TRAIN)) as run:
         run.until_step_of_attempt(1)
-        # scancel without --batch signals the agents only
-        os.kill(run.agent("n2") if signum == signal.SIGUSR1 else run.process.pid, signum)
+        if whom != "supervisor":
+            os.kill(run.agent("n2"), signum)
+        if whom != "agent":
+            os.kill(run.process.pid, signum)
         status, said = run.end()
     assert status == STOPPED, said
-    assert run.asked("run_again") == ([["SIGUSR1"]] if again else [])
+    assert run.asked("run_again") == again
     assert len(list(run.run.glob("checkpoints/step-*"))) == 1 and "saved at step" in said
-
-
-def test_nodes_that_are_taken_away_bring_the_run_back_later(config: Path, tmp_path: Path) -> None:
-    with supervised(tmp_path, tmp_path / "run", config, nodes=["n1", "n2"], command=worker(TRAIN)) as run:
-        run.until_step_of_attempt(1)
-        # a preemption: SIGTERM to the tasks of the job, and none to its batch script
-        os.kill(run.agent("n1"), signal.SIGTERM)
-        os.kill(run.agent("n2"), signal.SIGTERM)
-        status, said = run.end()
-    assert status == STOPPED, said
-    assert run.asked("run_again") == [["the nodes are taken away"]]
 
 
 def test_agents_end_all_when_the_supervisor_is_killed_and_one_has_the_run_started_again(

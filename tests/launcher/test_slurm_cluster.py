@@ -107,7 +107,7 @@ def test_one_helper_job_is_asked_for_and_follows_the_wish(folder: Path) -> None:
 
     queue(folder, "8|PENDING|")
     mine.ask_for_nodes(3)
-    assert asked(folder, "sbatch", "scontrol", "scancel") == ["scontrol update JobId=8 NumNodes=1-3"]
+    assert asked(folder, "sbatch", "scontrol", "scancel") == ["scontrol update JobId=8 NumNodes=1-3 ExcNodeList=n1,n2"]
     mine.ask_for_nodes(0)
     assert asked(folder, "sbatch", "scontrol", "scancel") == ["scancel --quiet 8"]
 

@@ -1,6 +1,7 @@
 """Python imports this file at the start of every process of a trial.
 
-In ranks a step and a sync of the disk take a set time longer, so that a moment in them can be hit, and a gradient becomes
+In ranks a step and a sync of the disk take a set time longer, so that a moment in them can be hit (a step as long as the
+file CHAOS_PACE says, in seconds, where that is set), and a gradient becomes
 NaN where the trial says so (CHAOS_NAN: ``STEP,RANK,once|lasting,FILE``; FILE is made when it happens).
 """
 
@@ -43,7 +44,7 @@ def _change(trainer: Any) -> None:
     compute = trainer._compute
 
     def changed(self: Any, *arguments: Any) -> Any:
-        time.sleep(STEP_SECONDS)
+        time.sleep(_pace())
         handle = _poison(self)
         try:
             return compute(self, *arguments)
@@ -52,6 +53,11 @@ def _change(trainer: Any) -> None:
                 handle.remove()
 
     trainer._compute = changed
+
+
+def _pace() -> float:
+    path = os.environ.get("CHAOS_PACE")
+    return STEP_SECONDS if path is None else float(Path(path).read_text())
 
 
 def _poison(trainer: Any) -> Any:
