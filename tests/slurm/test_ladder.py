@@ -139,13 +139,3 @@ def test_it_saves_when_a_job_of_higher_priority_comes_and_goes_on_after_it(bed: 
     assert set(ended["detail"]["statuses"].values()) == {75}, "saved"
     assert run.end()["Restarts"] == "1"
     assert_undisturbed(run)
-
-
-@pytest.mark.nightly
-def test_the_supervisor_saves_when_it_is_signalled_itself(bed: BedWithJobs, launch: Launch) -> None:
-    run = launch("batch")
-    run.until_goes_on("start")
-    bed.run("scancel", "--batch", "--signal=USR1", run.job)
-    run.until_goes_on("again")
-    assert run.end()["Restarts"] == "1"
-    assert_undisturbed(run)
