@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from data_tools.build_shard import STATUSES, PictureOptions, ShardJob, first_los
 from data_tools.jobs import map_jobs
 from data_tools.sources.columns import Names
 from data_tools.sources.download import DownloadOptions
-from data_tools.sources.item import Source
+from data_tools.sources.item import FAILED_TO_DOWNLOAD, Source
 from data_tools.sources.recognise import open_source
 from megamoe.data.files import atomic_file
 from megamoe.errors import DataError, UserError
@@ -87,10 +87,20 @@ def plan(source: Path, options: BuildOptions) -> Source:
     return open_source(source, options.shard_size, options.names, options.input_format)
 
 
-def build(path: Path, out: Path, options: BuildOptions, processes: int | None = None) -> Report:
+def build(
+    path: Path,
+    out: Path,
+    options: BuildOptions,
+    processes: int | None = None,
+    *,
+    cluster: str | None = None,
+    retry_failed: bool = False,
+) -> Report:
     """Make the shards of the source ``path`` in ``out``, in ``processes`` processes (None: one per core).
 
-    Online, there are no more processes than ``per_host``, and each gets its share of it: the limit is for all together.
+    Online, there are no more shards under way than ``per_host``, and each gets its share of it: the limit is for all
+    together, on a cluster too. With ``retry_failed`` what could not be downloaded for shards that are done is asked for
+    once more; what they have stays.
 
     Raises:
         DataError: the source cannot be read, or ``out`` holds something else.
@@ -99,23 +109,29 @@ def build(path: Path, out: Path, options: BuildOptions, processes: int | None = 
     if out.exists() and path.exists() and out.samefile(path):
         raise DataError(f"{out}: is the source; shards need a folder of their own")
     source = plan(path, options)
-    download = options.download
+    download, at_most = options.download, None
     if source.online:
         if processes is not None and processes > download.per_host:
             raise UserError(
                 f"--processes {processes}: more than --per-host {download.per_host}, which is for all of them together; "
                 "raise that or take fewer"
             )
-        processes = min(processes or len(os.sched_getaffinity(0)), download.per_host, len(source.chunks))
-        download = DownloadOptions(**(asdict(download) | {"per_host": download.per_host // processes}))
+        wanted = processes or (download.per_host if cluster else len(os.sched_getaffinity(0)))
+        at_most = min(wanted, download.per_host, len(source.chunks))
+        download = replace(download, per_host=download.per_host // at_most)
+        processes = processes if cluster else at_most
+    elif retry_failed:
+        raise UserError(f"--retry-failed: nothing is downloaded for {path}; leave it out")
     _claim(out, source, options)
     digits = len(str(options.shard_size - 1))
     jobs = [
         ShardJob(f"{number:05d}", out, chunk, digits, source.online, options.pictures, download)
         for number, chunk in enumerate(source.chunks)
     ]
-    waiting = [job for job in jobs if not _is_done(job)]
-    for _ in map_jobs(make_shard, waiting, label="build", processes=processes):
+    done = [job for job in jobs if _is_done(job)]
+    again = [replace(job, again=True) for job in done if retry_failed and _stats(job)[FAILED_TO_DOWNLOAD]]
+    waiting = [*(job for job in jobs if not _is_done(job)), *again]
+    for _ in map_jobs(make_shard, waiting, label="build", processes=processes, at_most=at_most):
         pass
     return _report(source, out, jobs, len(jobs) - len(waiting))
 

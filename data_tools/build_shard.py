@@ -23,8 +23,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from data_tools.picture import make_picture
-from data_tools.records import Record, ShardWriter
-from data_tools.sources.download import Downloader, DownloadOptions
+from data_tools.records import Record, ShardWriter, read_records
+from data_tools.sources.download import ROBOTS, Downloader, DownloadOptions
 from data_tools.sources.item import FAILED_TO_DOWNLOAD, FAILED_TO_RESIZE, NO_CAPTION, SUCCESS, Chunk, Item, Loss, plain
 from megamoe.data.decode import CorruptSample
 from megamoe.data.files import atomic_file
@@ -46,7 +46,10 @@ class PictureOptions:
 
 @dataclass(frozen=True)
 class ShardJob:
-    """All that is needed to make shard ``name`` (``00000``). Keys of items without one: ``name`` and ``digits`` more."""
+    """All that is needed to make shard ``name`` (``00000``). Keys of items without one: ``name`` and ``digits`` more.
+
+    ``again``: the shard is there, and only what could not be downloaded is asked for once more.
+    """
 
     name: str
     out: Path
@@ -55,6 +58,7 @@ class ShardJob:
     online: bool
     pictures: PictureOptions
     download: DownloadOptions
+    again: bool = False
 
     @property
     def tar(self) -> Path:
@@ -87,13 +91,14 @@ def make_shard(job: ShardJob) -> dict[str, Any]:
         DataError: the source changed or is damaged, or the folder cannot be written.
     """
     start = time.time()
-    job.tar.unlink(missing_ok=True)
+    if not job.again:
+        job.tar.unlink(missing_ok=True)
     rows: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
     causes: Counter[str] = Counter()
     with ExitStack() as stack:
         writer: ShardWriter | None = None
-        for outcome in _outcomes(job):
+        for outcome in _with_records(job, _outcomes(job)):
             rows.append(outcome.row)
             counts[outcome.row["status"]] += 1
             causes[outcome.cause] += 1
@@ -101,6 +106,7 @@ def make_shard(job: ShardJob) -> dict[str, Any]:
                 writer = writer or stack.enter_context(ShardWriter(job.tar))
                 writer.write(outcome.record)
         written = writer.bytes if writer else 0
+        job.stats.unlink(missing_ok=True)  # from here to the end the three files may not fit each other
     if len(rows) != job.chunk.samples:
         raise DataError(f"shard {job.tar}: the source changed while it was read; write to a new folder")
     with atomic_file(job.parquet) as file:
@@ -121,6 +127,23 @@ def make_shard(job: ShardJob) -> dict[str, Any]:
     return stats
 
 
+def _with_records(job: ShardJob, outcomes: Iterator[_Outcome]) -> Iterator[_Outcome]:
+    """``outcomes``, and to those that are kept from the shard as it is the record that lies there, in the same order."""
+    there = read_records(job.tar, _refuse) if job.again and job.tar.exists() else iter(())
+    for outcome in outcomes:
+        if outcome.cause == SUCCESS and outcome.record is None:
+            key = outcome.row["key"]
+            record = next((each for each in there if each.key == key), None)
+            if record is None:
+                raise DataError(f"shard {job.tar}: sample {key} is not in it; remove the shard's three files")
+            outcome = outcome._replace(record=record)
+        yield outcome
+
+
+def _refuse(key: str, reason: str) -> None:
+    raise DataError(f"sample {key}: {reason}; remove its shard's three files")
+
+
 def first_loss(job: ShardJob) -> str | None:
     """Name and reason of the first item of a finished shard that is not in it."""
     messages = pq.read_table(job.parquet, columns=["error_message"])["error_message"]
@@ -130,6 +153,7 @@ def first_loss(job: ShardJob) -> str | None:
 def _outcomes(job: ShardJob) -> Iterator[_Outcome]:
     numbered = ((item.key or f"{job.name}{n:0{job.digits}d}", item) for n, item in enumerate(job.chunk.items()))
     limit = job.download.max_bytes
+    known = _known(job)
     if not job.online:
         yield from (_make(key, item, None, job.pictures, limit) for key, item in numbered)
         return
@@ -138,13 +162,42 @@ def _outcomes(job: ShardJob) -> Iterator[_Outcome]:
         under_way: deque[Future[_Outcome]] = deque()
         try:
             for key, item in numbered:
-                under_way.append(pool.submit(_make, key, item, get, job.pictures, limit))
+                if key in known:
+                    under_way.append(_given(_kept(item, known[key])))
+                else:
+                    under_way.append(pool.submit(_make, key, item, get, job.pictures, limit))
                 if len(under_way) >= _AHEAD * job.download.threads:
                     yield under_way.popleft().result()
             while under_way:
                 yield under_way.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _known(job: ShardJob) -> dict[str, dict[str, Any]]:
+    """By key, the rows of the items that came, those that were no picture, and those whose owner said no."""
+    if not job.again:
+        return {}
+    found = pq.read_table(job.parquet, columns=list(_OURS)).to_pylist()
+    return {row["key"]: row for row in found if row["status"] in (SUCCESS, FAILED_TO_RESIZE) or _is_no(row)}
+
+
+def _is_no(row: dict[str, Any]) -> bool:
+    return row["status"] == FAILED_TO_DOWNLOAD and str(row["error_message"]).endswith(ROBOTS)
+
+
+def _kept(item: Item, row: dict[str, Any]) -> _Outcome:
+    if row["status"] == SUCCESS:
+        cause = SUCCESS
+    else:
+        cause = ROBOTS if _is_no(row) else _kind_of(str(row["error_message"]).removeprefix(f"{item.name}: "))
+    return _Outcome(_source_columns(item) | row, None, cause)
+
+
+def _given(outcome: _Outcome) -> Future[_Outcome]:
+    future: Future[_Outcome] = Future()
+    future.set_result(outcome)
+    return future
 
 
 def _make(key: str, item: Item, get: Callable[[str], bytes] | None, options: PictureOptions, limit: int) -> _Outcome:

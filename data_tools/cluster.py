@@ -28,7 +28,11 @@ _NO_WORKERS = 60.0  # seconds that a running scheduler may be without workers: o
 
 
 def map_on_cluster(
-    function: Callable[[Job], Result], jobs: Sequence[Job], cluster: str, processes: int | None
+    function: Callable[[Job], Result],
+    jobs: Sequence[Job],
+    cluster: str,
+    processes: int | None,
+    at_most: int | None = None,
 ) -> Generator[Result, None, None]:
     """Yield the results in the order of ``jobs``; see :func:`data_tools.jobs.map_jobs`.
 
@@ -50,7 +54,8 @@ def map_on_cluster(
         try:
             while submitted < len(jobs) or under_way:
                 # as many as there are threads: a worker that dies is counted against the jobs that it ran, no others
-                while submitted < len(jobs) and running < workers.threads and len(under_way) < _AHEAD * workers.threads:
+                threads = min(workers.threads, at_most or workers.threads)
+                while submitted < len(jobs) and running < threads and len(under_way) < _AHEAD * threads:
                     # partial: Dask would look for its own objects inside of an argument
                     future = client.submit(partial(_in_folder, folder, function, jobs[submitted]), pure=False)
                     future.add_done_callback(done.put)

@@ -32,6 +32,11 @@ def on_cluster(cluster: str | None) -> Iterator[None]:
         _cluster.reset(token)
 
 
+def cluster_in_use() -> str | None:
+    """What :func:`on_cluster` says here."""
+    return _cluster.get()
+
+
 def map_jobs(
     function: Callable[[Job], Result],
     jobs: Sequence[Job],
@@ -40,6 +45,7 @@ def map_jobs(
     unit: str = "shard",
     processes: int | None = None,
     cluster: str | None = None,
+    at_most: int | None = None,
 ) -> Iterator[tuple[Job, Result]]:
     """Yield ``(job, function(job))`` in the order of ``jobs``, with progress and ETA on stderr.
 
@@ -56,11 +62,12 @@ def map_jobs(
             With ``cluster="slurm"``: worker processes in the cluster, which has no default.
         cluster: ``tcp://HOST:PORT`` (or ``tls://``) of a running Dask scheduler, or ``slurm`` to start workers as SLURM
             jobs. Default: where :func:`on_cluster` says, else this machine.
+        at_most: jobs under way at a time, wherever they are; default as many as there are processes.
 
     Raises:
         UserError: the cluster cannot be used, or a job kills every worker that takes it.
     """
-    results = _results(function, jobs, processes, cluster or _cluster.get())
+    results = _results(function, jobs, processes, cluster or cluster_in_use(), at_most)
     with closing(results), tqdm(total=len(jobs), desc=label, unit=unit, file=sys.stderr, disable=None) as bar:
         for job in jobs:
             try:
@@ -77,13 +84,17 @@ def map_jobs(
 
 
 def _results(
-    function: Callable[[Job], Result], jobs: Sequence[Job], processes: int | None, cluster: str | None
+    function: Callable[[Job], Result],
+    jobs: Sequence[Job],
+    processes: int | None,
+    cluster: str | None,
+    at_most: int | None,
 ) -> Generator[Result, None, None]:
     if cluster is not None and jobs:
         from data_tools.cluster import map_on_cluster
 
-        return map_on_cluster(function, jobs, cluster, processes)
-    count = min(processes or len(os.sched_getaffinity(0)), len(jobs))
+        return map_on_cluster(function, jobs, cluster, processes, at_most)
+    count = min(processes or len(os.sched_getaffinity(0)), at_most or len(jobs), len(jobs))
     return (function(job) for job in jobs) if count <= 1 else _map_in_pool(function, jobs, count)
 
 

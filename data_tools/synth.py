@@ -26,11 +26,15 @@ def synthesize(
     validation: int = 1000,
     quality: int = 90,
     corrupt: float = 0.0,
-) -> None:
+    dry_run: bool = False,
+) -> list[Path]:
     """Write ``out/train``, ``out/validation`` and ``out/combinations`` (``validation`` samples each of the latter two).
 
     Sample i has the same content whatever ``shard_size`` and the number of samples are. ``corrupt`` is the share of
-    training pictures whose bytes are spoilt; their JSON says how.
+    training pictures whose bytes are spoilt; their JSON says how. With ``dry_run`` nothing is written.
+
+    Returns:
+        The shards.
 
     Raises:
         DataError: a folder already holds shards that this call would not replace, or cannot be written.
@@ -38,6 +42,9 @@ def synthesize(
     jobs = (("train", samples, corrupt), ("validation", validation, 0.0), ("combinations", validation, 0.0))
     for split, count, _ in jobs:
         _refuse_others(out / split, -(-count // shard_size))
+    shards = [out / split / f"{number:05d}.tar" for split, count, _ in jobs for number in range(-(-count // shard_size))]
+    if dry_run:
+        return shards
     total = sum(count for _, count, _ in jobs)
     with tqdm(total=total, desc="synth", unit="sample", file=sys.stderr, disable=None) as bar:
         for split, count, share in jobs:
@@ -49,6 +56,7 @@ def synthesize(
                     for i in range(first, min(first + shard_size, count)):
                         tar.write(_sample(i, scenes[i], level, image_size, quality))
                         bar.update()
+    return shards
 
 
 def _refuse_others(folder: Path, shards: int) -> None:

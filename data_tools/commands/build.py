@@ -45,7 +45,11 @@ _DISALLOWED = "noai,noimageai,noindex,noimageindex"
     type=click.FloatRange(0, 1),
     help="Share of samples that may be left out before the exit status is 1.  [default: 0; with URLs 1]",
 )
+@click.option(
+    "--retry-failed", is_flag=True, help="Ask once more for what could not be downloaded for shards that are done."
+)
 @options.processes
+@options.cluster
 @options.dry_run
 @options.as_json
 def build(
@@ -70,6 +74,7 @@ def build(
     user_agent: str | None,
     private_hosts: bool,
     max_lost: float | None,
+    retry_failed: bool,
     processes: int | None,
     dry_run: bool,
     as_json: bool,
@@ -88,6 +93,7 @@ def build(
     from data_tools.build import BuildOptions, plan
     from data_tools.build import build as make
     from data_tools.build_shard import PictureOptions
+    from data_tools.jobs import cluster_in_use
     from data_tools.sources.columns import Names
     from data_tools.sources.download import USER_AGENT, DownloadOptions
 
@@ -106,7 +112,7 @@ def build(
         text = f"{source}: {found.kind}, {found.note}; {samples} samples for {shards} shards in {out}; nothing is written"
         options.show({"format": found.kind, "count": samples, "shards": shards}, as_json, text)
         return
-    report = make(source, out, wanted, processes)
+    report = make(source, out, wanted, processes, cluster=cluster_in_use(), retry_failed=retry_failed)
     options.show(report.as_dict(), as_json, str(report))
     allowed = max_lost if max_lost is not None else float(report.source.online)
     if not report.totals["successes"] or report.lost > allowed * report.totals["count"]:

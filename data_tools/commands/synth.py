@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from data_tools.commands.options import FOLDER
+from data_tools.commands.options import FOLDER, as_json, dry_run, show
 
 
 @click.command()
@@ -37,6 +37,8 @@ from data_tools.commands.options import FOLDER
     show_default=True,
     help="Share of training pictures whose bytes are spoilt, as in a crawl.",
 )
+@dry_run
+@as_json
 def synth(
     out: Path,
     samples: int,
@@ -47,11 +49,13 @@ def synth(
     validation: int,
     quality: int,
     corrupt: float,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Draw pictures of coloured shapes with captions into OUT/train, OUT/validation and OUT/combinations."""
     from data_tools.synth import synthesize
 
-    synthesize(
+    shards = synthesize(
         out,
         samples=samples,
         seed=seed,
@@ -61,5 +65,10 @@ def synth(
         validation=validation,
         quality=quality,
         corrupt=corrupt,
+        dry_run=dry_run,
     )
-    click.echo(f"{out}: {samples} training samples, {validation} validation, {validation} combinations")
+    text = f"{out}: {samples} training samples, {validation} validation, {validation} combinations"
+    if dry_run:
+        text += f"; {len(shards)} shards, nothing is written"
+    result = {"train": samples, "validation": validation, "combinations": validation}
+    show({"out": str(out), **result, "shards": [str(shard) for shard in shards], "dry_run": dry_run}, as_json, text)

@@ -34,6 +34,7 @@ from megamoe import __version__
 
 AGENT = "megamoe-data-build"  # what X-Robots-Tag lines that are for one reader only call us
 USER_AGENT = f"{AGENT}/{__version__} (image-text data sets for model training)"
+ROBOTS = "X-Robots-Tag says no"  # a cause
 _REDIRECTS = 5
 _WHOLE = 6  # times the timeout: how long one picture may take in all, however steadily its bytes drip
 _WAIT = 0.5  # seconds before the first retry; twice as long before each one after it
@@ -154,7 +155,7 @@ class Downloader:
 
     def _read(self, url: str, response: urllib3.BaseHTTPResponse, deadline: float) -> bytes | str:
         if is_disallowed(response.headers.getlist("X-Robots-Tag"), self._options.disallowed):
-            raise _lost("X-Robots-Tag says no", url)
+            raise _lost(ROBOTS, url)
         if response.status in urllib3.HTTPResponse.REDIRECT_STATUSES and "Location" in response.headers:
             return str(response.headers["Location"])
         if response.status in _AGAIN:

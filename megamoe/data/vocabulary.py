@@ -20,6 +20,16 @@ def model_path(out: Path) -> Path:
     return out if out.suffix == ".model" else out.with_name(f"{out.name}.model")
 
 
+def check_size(vocab_size: int) -> None:
+    """Refuse a vocabulary that has no room for the bytes.
+
+    Raises:
+        UserError: it is too small.
+    """
+    if vocab_size < SMALLEST:
+        raise UserError(f"--vocab-size {vocab_size}: the least is {SMALLEST} (special pieces and the 256 bytes)")
+
+
 def train_tokenizer(captions: Iterable[str], out: Path, vocab_size: int) -> Tokenizer:
     """Train on ``captions``, write :func:`model_path` of ``out``, and return the result.
 
@@ -32,8 +42,7 @@ def train_tokenizer(captions: Iterable[str], out: Path, vocab_size: int) -> Toke
         UserError: ``vocab_size`` has no room for the bytes.
         DataError: the file cannot be written.
     """
-    if vocab_size < SMALLEST:
-        raise UserError(f"--vocab-size {vocab_size}: the least is {SMALLEST} (special pieces and the 256 bytes)")
+    check_size(vocab_size)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(captions),

@@ -90,6 +90,47 @@ def test_each_failure_has_its_cause_and_its_row(tmp_path: Path, server: ImageSer
     assert server.asked["/good/1.jpg"] == 1  # the shard was there
 
 
+def test_what_failed_is_asked_for_again_when_asked_and_nothing_else(tmp_path: Path, server: ImageServer) -> None:
+    names = [
+        "good/1.jpg",
+        "flaky/x.jpg",
+        "noai/x.jpg",
+        "html/x.jpg",
+        "good/2.jpg",
+        "missing/x.jpg",
+        "good/3.jpg",
+        "good/4.jpg",
+    ]
+    source, out = urls(tmp_path / "t.csv", server, names), tmp_path / "out"
+    once = ("--private-hosts", "--timeout", "0.4", "--retries", "0", "--shard-size", 4)
+    assert build(source, out, *once).exit_code == 0
+    before, asked = members(out), dict(server.asked)
+    assert "000001.jpg" not in before
+    assert build(source, out, *once).exit_code == 0 and server.asked == asked  # finished shards are left alone
+    result = build(source, out, *once, "--retry-failed", "--json")
+    assert result.exit_code == 0
+    again = {name: server.asked[f"/{name}"] - asked[f"/{name}"] for name in names}
+    assert again == dict.fromkeys(names, 0) | {"flaky/x.jpg": 1, "missing/x.jpg": 1}
+    found = members(out)
+    assert found["000001.jpg"] == jpeg(1) and {name: found[name] for name in before} == before
+    totals = json.loads(result.stdout)
+    causes = {"success": 5, "X-Robots-Tag says no": 1, "image: not a JPEG, PNG or WebP": 1, "HTTP 404": 1}
+    assert (totals["successes"], totals["status_dict"]) == (5, causes)
+    (tmp_path / "all").mkdir()
+    assert build(source, tmp_path / "all", *once).exit_code == 0  # the same from the beginning, now that all is well
+    assert rows(out) == rows(tmp_path / "all") and members(tmp_path / "all") == found
+    done = {name: content for name, content in shard_bytes(out).items() if name.startswith("00001")}
+    assert done.keys() == {"00001.tar", "00001.parquet"}
+
+
+def test_to_retry_what_is_never_downloaded_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jpg").write_bytes(jpeg(1))
+    (tmp_path / "in/a.txt").write_text("a")
+    result = build(tmp_path / "in", tmp_path / "out", "--retry-failed")
+    assert isinstance(result.exception, UserError) and "--retry-failed: nothing is downloaded for" in str(result.exception)
+
+
 def test_nothing_at_all_is_a_failure_and_leaves_no_empty_tar(tmp_path: Path, server: ImageServer) -> None:
     source = urls(tmp_path / "t.csv", server, ["missing/1.jpg", "good/1.jpg"])
     assert build(source, tmp_path / "out", "--shard-size", 1, *QUICK).exit_code == 0

@@ -95,6 +95,26 @@ def test_shards_of_an_earlier_set_are_not_mixed_in(tmp_path: Path) -> None:
     assert str(result.exception).startswith(f"{out}/train/00002.tar: not part of this set (2 shards); remove it")
 
 
+def test_a_dry_run_of_synth_and_tokenizer_writes_nothing_and_says_what_it_would(tmp_path: Path) -> None:
+    options = ("--samples", 50, "--seed", 3, "--validation", 10, "--shard-size", 20, "--json")
+    would = json.loads(run("synth", tmp_path / "s", *options, "--dry-run").stdout)
+    assert not (tmp_path / "s").exists() and would["dry_run"]
+    did = json.loads(run("synth", tmp_path / "s", *options).stdout)
+    assert did == would | {"dry_run": False} and did["train"] == 50
+    assert [Path(shard) for shard in did["shards"]] == [
+        *sorted((tmp_path / "s/train").glob("*.tar")),
+        tmp_path / "s/validation/00000.tar",
+        tmp_path / "s/combinations/00000.tar",
+    ]
+    options = (tmp_path / "s/train", tmp_path / "t", "--vocab-size", 300, "--json")
+    would = json.loads(run("tokenizer", *options, "--dry-run").stdout)
+    assert would == {"model": f"{tmp_path}/t.model", "shards": 3, "dry_run": True} and not (tmp_path / "t.model").exists()
+    did = json.loads(run("tokenizer", *options).stdout)
+    assert did["pieces"] == 300 and did["fingerprint"] == Tokenizer(tmp_path / "t.model").fingerprint and did["lost"] == []
+    too_small = run("tokenizer", tmp_path / "s/train", tmp_path / "t", "--vocab-size", 5, "--dry-run")
+    assert isinstance(too_small.exception, UserError)
+
+
 def test_indexes_of_replaced_shards_go_with_them(tmp_path: Path) -> None:
     out = synth(tmp_path / "s")
     assert run("index", out / "train").exit_code == 0

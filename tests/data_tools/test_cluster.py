@@ -23,6 +23,8 @@ from data_tools.jobs import map_jobs
 from megamoe.errors import UserError
 from tests.data.shard_factory import sample, write_tar
 from tests.data_tools import work
+from tests.data_tools.build_kit import shard_bytes
+from tests.data_tools.image_server import serving
 
 pytest.importorskip("distributed")
 pytest.importorskip("dask_jobqueue")
@@ -101,6 +103,25 @@ def test_a_worker_killed_in_the_middle_loses_nothing(cluster: str, tmp_path: Pat
             os.kill(pid, signal.SIGKILL)  # whatever it is doing, and whatever results it still holds
         assert n < 60 or pid != victim
     assert victim and found == [n * n for n in range(150)]
+
+
+def test_no_more_jobs_are_under_way_than_allowed(cluster: str, tmp_path: Path) -> None:
+    jobs = [(n, tmp_path) for n in range(6)]
+    for where in ({"cluster": cluster}, {"processes": 2}):
+        counts = [count for _, count in map_jobs(work.count_others, jobs, label="count", at_most=1, **where)]
+        assert counts == [1] * 6
+
+
+def test_pictures_are_downloaded_on_a_cluster_within_the_limit_of_a_host(cluster: str, tmp_path: Path) -> None:
+    with serving() as server:
+        table = tmp_path / "t.csv"
+        table.write_text("URL,TEXT\n" + "".join(f"{server.url}/slow/{n}.jpg,about {n}\n" for n in range(24)))
+        options = ("--private-hosts", "--shard-size", "4", "--per-host", "3", "--threads", "8")
+        for name, where in (("there", ("--cluster", cluster)), ("here", ("--processes", "1"))):
+            result = CliRunner().invoke(data, ["build", str(table), str(tmp_path / name), *options, *where])
+            assert result.exit_code == 0, result.output
+            assert server.busiest <= 3
+    assert shard_bytes(tmp_path / "there") == shard_bytes(tmp_path / "here")
 
 
 def test_a_job_that_kills_every_worker_is_named(cluster: str) -> None:
