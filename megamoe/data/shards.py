@@ -134,7 +134,7 @@ def _found(specs: Sequence[str], disk: _Disk) -> Iterator[tuple[str, str]]:
         kind = scheme(name)
         if kind is not None:
             for shard in _remote(kind, name, part):
-                yield shard, shard
+                yield shard, unsigned(shard)
         else:
             yield from ((shard, disk.real(shard)) for shard in _local(name, disk))
 

@@ -13,7 +13,7 @@ from megamoe.data.cache import ShardCache
 from megamoe.data.catalog import DataSet, Source
 from megamoe.data.names import ShardNames, name_hashes, repeated
 from megamoe.data.shards import iter_shards
-from megamoe.data.urls import masked
+from megamoe.data.urls import masked, unsigned
 from megamoe.errors import DataError, UserError
 
 
@@ -41,14 +41,14 @@ def open_data_set(data: DataConfig, index_dir: Path) -> DataSet:
 def _check_owners(sources: Sequence[Source]) -> None:
     if len(sources) == 1:
         return
-    twice = repeated(np.concatenate([name_hashes(source.shards) for source in sources]))
+    twice = repeated(np.concatenate([name_hashes(map(unsigned, source.shards)) for source in sources]))
     owner: dict[str, str] = {}
     for source in sources if twice else ():
         for shard in source.shards:
-            if hash(shard) in twice and owner.setdefault(shard, source.name) != source.name:
+            name = unsigned(shard)
+            if hash(name) in twice and owner.setdefault(name, source.name) != source.name:
                 raise DataError(
-                    f"shard {masked(shard)}: is in the sources {owner[shard]} and {source.name} of data.train; "
-                    "name it in one"
+                    f"shard {masked(shard)}: is in the sources {owner[name]} and {source.name} of data.train; name it in one"
                 )
 
 

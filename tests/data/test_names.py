@@ -69,6 +69,8 @@ def test_a_url_that_is_signed_anew_names_the_same_shard(query: str) -> None:
     assert fingerprints[0] == fingerprints[1]
     assert shard_labels([old, "https://host/a.tar?x=1"]) == shard_labels([new, "https://host/a.tar?x=1"])
     assert index_path(old, Path("i")) == index_path(new, Path("i"))
+    with pytest.raises(DataError, match=r"a\.tar\?\*\*\*: named twice"):
+        expand_shards([old, new])
 
 
 @pytest.mark.parametrize("query", ["sp=3", "page=1&expires=never", "versionId=3", "policy=x&se=4"])

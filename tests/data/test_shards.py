@@ -190,8 +190,8 @@ def test_labels_are_unique_and_tell_no_secret() -> None:
     shards = [
         "https://h/a/0.tar?sig=hidden",
         "https://h/b/0.tar?sig=hidden",
-        "https://h/1.tar?sig=hidden1",
-        "https://h/1.tar?sig=hidden2",
+        "https://h/1.tar?key=hidden1",
+        "https://h/1.tar?key=hidden2",
         "pipe:make shard 7",
     ]
     labels = shard_labels(shards)

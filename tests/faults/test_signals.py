@@ -56,7 +56,7 @@ def test_a_frozen_data_worker_leaves_stacks_in_the_log_and_the_run_goes_on(folde
 
 
 def _data_worker(rank: int) -> psutil.Process:
-    """The fork server's child."""
+    """The child of the process from which workers are forked."""
     family = psutil.Process(rank).children(recursive=True)
     (worker,) = [process for process in family if process.ppid() != rank]
     return worker
