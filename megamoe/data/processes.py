@@ -216,11 +216,13 @@ def _work(work: Work, worker: int, workers: int, memory: mmap.mmap, pipe: Connec
 
 def _end_with_rank(alive: Connection, children: list[int]) -> None:
     wait([alive])
+    if children:
+        # They end in the same way, and the server when they are gone. One that cannot, since it was stopped, is the reason
+        # why the rank has ended: the launcher looks for it, so it must not be gone at once.
+        threading.Event().wait(_GRACE)
     for pid in children:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    if children:
-        threading.Event().wait(_GRACE)  # the process ends sooner, as soon as they are all gone
     os._exit(1)
 
 
