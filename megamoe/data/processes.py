@@ -27,7 +27,6 @@ from typing import Any, NoReturn, Protocol
 from megamoe.data.storage import MOST_FILES
 
 _DEAF_TO = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_LOOK = 2.0  # seconds for workers to end by themselves
 _GRACE = 5.0  # seconds for a process that was killed to be gone
 
 
@@ -218,13 +217,12 @@ def _work(work: Work, worker: int, workers: int, memory: mmap.mmap, pipe: Connec
 def _end_with_rank(alive: Connection, children: list[int]) -> None:
     wait([alive])
     if children:
-        # they end by themselves; one that is stopped does not, and the launcher looks for such and names them
-        threading.Event().wait(_LOOK)
+        # They end in the same way, and the server when they are gone. One that cannot, since it was stopped, is the reason
+        # why the rank has ended: the launcher looks for it, so it must not be gone at once.
+        threading.Event().wait(_GRACE)
     for pid in children:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    if children:
-        threading.Event().wait(_GRACE)  # the process ends sooner, as soon as they are all gone
     os._exit(1)
 
 

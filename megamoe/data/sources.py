@@ -48,7 +48,8 @@ def _check_owners(sources: Sequence[Source]) -> None:
             name = unsigned(shard)
             if hash(name) in twice and owner.setdefault(name, source.name) != source.name:
                 raise DataError(
-                    f"shard {masked(shard)}: is in the sources {owner[name]} and {source.name} of data.train; name it in one"
+                    f"shard {masked(shard)}: is in the sources {owner[name]} and {source.name} of data.train; "
+                    "name it in one"
                 )
 
 

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -269,6 +270,18 @@ def test_an_error_in_a_worker_comes_with_its_traceback(shards: DataSet, tokenize
         one._state = DataState({lane: -1 for lane in range(8)}, (Anchor(0, 0),), {})
         with pytest.raises(WorkerDied, match=r"(?s)data worker 0 failed:.*a lane never goes back"):
             next(one)
+
+
+def test_a_worker_that_is_stopped_is_ended_all_the_same(shards: DataSet, tokenizer: Tokenizer) -> None:
+    one = loader(shards, tokenizer, 0, 1, 8, 2)
+    next(one)
+    stopped, other = workers_of(one)
+    os.kill(stopped, signal.SIGSTOP)
+    one.close()
+    until = time.monotonic() + 10
+    while psutil.pid_exists(stopped) or psutil.pid_exists(other):
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def workers_of(one: StepLoader) -> list[int]:
