@@ -19,7 +19,7 @@ from megamoe.config.schema import CheckpointConfig
 from megamoe.errors import CheckpointError, DamagedCheckpoint
 from tests.training import largest_difference, make_data, metrics, small_config, train, write_config
 
-pytest.importorskip("s3fs", reason="needs s3fs")
+s3fs = pytest.importorskip("s3fs", reason="needs s3fs")
 boto3 = pytest.importorskip("boto3", reason="needs moto[server]")
 moto_server = pytest.importorskip("moto.server", reason="needs moto[server]")
 
@@ -42,6 +42,7 @@ def client(server: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3fs.S3FileSystem.clear_instance_cache()  # it remembers the server of another test
     client = boto3.client("s3")
     client.create_bucket(Bucket="runs")
     for stored in client.list_objects_v2(Bucket="runs").get("Contents", []):

@@ -31,6 +31,7 @@ def store() -> Iterator[Any]:
     server = moto_server.ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
+    s3fs.S3FileSystem.clear_instance_cache()  # it remembers the server of another test
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         environment.setenv("AWS_ACCESS_KEY_ID", "test")
