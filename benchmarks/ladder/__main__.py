@@ -50,8 +50,7 @@ def main() -> None:
         return
     if reason := why_not():
         sys.exit(f"no SLURM test bed here: {reason}")
-    # As Ctrl-C: the bed is taken down.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _end)
     with tempfile.TemporaryDirectory(prefix="ladder-") as place:
         found, problems = run_under(Path(place), faults, arguments.seed)
     print(as_text(found))
@@ -110,6 +109,12 @@ def as_text(found: Sequence[Recovered]) -> str:
     left = ["  ".join(cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)) for row in rows]
     right = ["  ".join(cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)) for row in rows]
     return "\n".join("  ".join(parts) for parts in zip(left, right, strict=True))
+
+
+def _end(*_: object) -> None:
+    # The bed is taken down, and a second signal does not leave half of it: `timeout` passes on what its group gets.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _told(each: Recovered) -> str:

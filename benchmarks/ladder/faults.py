@@ -69,14 +69,19 @@ class Faults:
 
     def _without_spare(self, fault: str) -> list[Recovered]:
         """The node returns afterwards, which is one more recovery."""
-        head, working = self._run.head(), self._run.nodes("working")
-        lost = next(node for node in working if node != head)
-        gone = [node for node in self._bed.nodes if node not in working]
-        for node in gone:
-            self._bed.kill_node(node)
+        head, found, gone = self._run.head(), [], []
+        if head not in self._run.nodes("working"):  # it stands by itself, and is not to die now
+            gone.append(self._run.another())
+            at = self._kill(gone[0])
+            found.append(self._recovered("a node is lost, one stands by", "spare", at))
+        for node in self._bed.nodes:
+            if node not in [*self._run.nodes("working"), *gone]:
+                self._bed.kill_node(node)
+                gone.append(node)
         self._run.until(lambda: not self._run.nodes("spare"), "the end of the spare")
+        lost = self._run.another()
         at = self._kill(lost)
-        found = [self._recovered(fault, "shrink", at)]
+        found.append(self._recovered(fault, "shrink", at))
         self._run.pace(GROWING)
         at = time.time()
         self._bed.start_node(lost)

@@ -44,7 +44,8 @@ def launch(bed: BedWithJobs, folder: Path) -> Iterator[Launch]:
 def busy(bed: BedWithJobs, *nodes: str) -> None:
     """Somebody else's jobs on these nodes."""
     for node in nodes:
-        bed.wait_job(bed.submit("--nodes=1", "--exclusive", f"--nodelist={node}", "--wrap=sleep 3600"), "RUNNING")
+        options = ["--nodes=1", "--exclusive", f"--nodelist={node}", "--output=/dev/null"]
+        bed.wait_job(bed.submit(*options, "--wrap=sleep 3600"), "RUNNING")
 
 
 def assert_undisturbed(run: LaunchedRun, exact: bool = True) -> None:
