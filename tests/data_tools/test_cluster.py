@@ -164,7 +164,7 @@ def test_a_scheduler_that_goes_away_is_said(tmp_path: Path) -> None:
     scheduler = start("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard")
     worker = start("distributed.cli.dask_worker", f"tcp://127.0.0.1:{port}", "--nthreads", "1", "--no-dashboard")
     try:
-        time.sleep(3)
+        _until_it_listens(port)
         with pytest.raises(UserError, match="the scheduler went away; start it and run the same again"):
             for n, _ in map_jobs(work.square_by, range(1000), label="square", cluster=f"tcp://127.0.0.1:{port}"):
                 if n == 5:
@@ -174,6 +174,17 @@ def test_a_scheduler_that_goes_away_is_said(tmp_path: Path) -> None:
         worker.kill()
         scheduler.wait()
         worker.wait()
+
+
+def _until_it_listens(port: int) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline, "the scheduler does not start"
+            time.sleep(0.1)
 
 
 @pytest.mark.parametrize("name", ["distributed", "dask_jobqueue", "cryptography"])
