@@ -7,9 +7,10 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -35,7 +36,7 @@ class Result:
         plan: In words.
         kinds: Of its faults, in order.
         layouts: What it was launched under, in order.
-        lost: Of each fault: seconds until a step was recorded that was later than all before it, or the run had ended.
+        lost: Of each fault: see :func:`waits`.
         seconds: From the launch to the end.
         undisturbed: Of the run without faults, under the layout that it began with.
         in_saves: Faults that came while a checkpoint was half written.
@@ -97,6 +98,29 @@ def run_trial(folder: Path, plan: Plan) -> Result:
     return result
 
 
+def waits(history: Sequence[tuple[float, int]], struck: Sequence[float], ended: float) -> list[float]:
+    """Of each fault the seconds that it cost: the longest time without a new step between it and the next one, or the end.
+
+    Not simply the time until the first new step: a run may do some more steps before a fault takes effect.
+
+    Args:
+        history: (time, last step recorded then), where it changed; a step is new if it is later than all before.
+        struck: Time of each fault.
+        ended: Time of the end of the run.
+    """
+    new, furthest = [], 0
+    for at, step in history:
+        if step > furthest:
+            new.append(at)
+            furthest = step
+    lost = []
+    for at, until in zip(struck, [*struck[1:], ended], strict=True):
+        points = [at, *(time for time in new if at < time < until), until]
+        # A NaN may come before the delay of the fault before it is over.
+        lost.append(max(0.0, *(later - earlier for earlier, later in pairwise(points))))
+    return lost
+
+
 @contextmanager
 def _temporary(where: str | None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="chaos-", dir=where, ignore_cleanup_errors=True) as folder:
@@ -139,19 +163,17 @@ class _Trial:
         for fault in self.plan.faults:
             self._wait_for(fault)
             if fault.kind.startswith("nan-"):
-                struck.append((self._mark.stat().st_mtime, fault.step - 1))
+                struck.append(self._mark.stat().st_mtime)
                 continue
             self.result.in_saves += self.training.saving()
-            struck.append((time.time(), self.training.last_step(of_attempt=False)))
+            struck.append(time.time())
             self._strike(fault)
         if (status := self.training.end()) != 0:
             raise Missed(f"the last launch ended with status {status}")
         self.result.seconds = time.monotonic() - started
         ended = time.time()
         time.sleep(0.05)  # the watcher has looked once more
-        for at, reached in struck:
-            after = [when for when, step in self.training.history if when > at and step > reached]
-            self.result.lost.append(min([*after, ended]) - at)
+        self.result.lost = waits(self.training.history, struck, ended)
 
     def damaged(self) -> list[str]:
         """What is wrong with the checkpoints in the end, and with what was said of those that were damaged."""

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.chaos.plan import KINDS, LAYOUTS, make_plan
 from benchmarks.chaos.report import as_text
-from benchmarks.chaos.trial import run_trial
+from benchmarks.chaos.trial import run_trial, waits
 from benchmarks.chaos.truth import differences, prepare, truth_of
 from tests.training import audit
 
@@ -45,6 +45,14 @@ def test_a_seed_always_means_the_same_trial_and_layouts_only_get_smaller() -> No
             if fault.may_end_the_launcher:
                 sizes.append(LAYOUTS[fault.then][0])
         assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_fault_costs_the_longest_time_without_a_new_step() -> None:
+    # a fault at 2.5 takes effect after step 3; the run goes back to step 1; one at 20.5 costs the start at 21 to 31
+    history = [(1.0, 1), (2.0, 2), (3.0, 3), (12.0, 1), (13.0, 2), (14.0, 3), (15.0, 4), (16.0, 5), (31.0, 6)]
+    assert waits(history, [2.5, 20.5], 32.0) == [12.0, 10.5]
+    assert waits(history, [2.5, 15.5], 32.0) == [12.0, 15.0]
+    assert waits(history, [31.5], 40.0) == [8.5]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
