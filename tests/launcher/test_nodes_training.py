@@ -7,11 +7,14 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from launcher.history import recoveries
 from tests.launcher.local_cluster import supervised
 from tests.training import audit, largest_difference, make_data, metrics, small_config, train, write_config
 
 
+@pytest.mark.nightly  # tests/slurm/test_ladder.py shows the same on real nodes
 def test_a_run_that_shrinks_and_grows_again_is_the_undisturbed_one(tmp_path: Path) -> None:
     make_data(tmp_path)
     config = write_config(
