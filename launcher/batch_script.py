@@ -85,6 +85,8 @@ def job_script(options: Options, settings: Config, run_dir: Path) -> str:
         "# Submitted by hand, once it has run, it goes on from the newest checkpoint.",
     ]
     body = [
+        "# A warning must not end a job whose supervisor is only just starting.",
+        "trap '' USR1",
         "# exec: SLURM sends its signals to this process, so the supervisor has to be it. It starts an agent on each node.",
         "exec " + shlex.join([sys.executable, "-m", "megamoe", "launch", "supervise", str(run_dir)]),
     ]

@@ -154,6 +154,7 @@ def caught_signals() -> Iterator[list[int]]:
     for signum in (*STOP_SIGNALS, signal.SIGHUP):
         if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
             before[signum] = signal.signal(signum, lambda number, _: caught.append(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, before)  # one that came while this process was starting comes now
     try:
         yield caught
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -131,6 +132,7 @@ def stop(run: Path, now: bool) -> None:
 @click.pass_context
 def supervise(ctx: click.Context, run: Path) -> None:
     """Inside the job, in its batch script: keep RUN going."""
+    _hold_warnings()
     from launcher.inside import supervise_run
 
     ctx.exit(supervise_run(run))
@@ -141,11 +143,17 @@ def supervise(ctx: click.Context, run: Path) -> None:
 @click.pass_context
 def agent(ctx: click.Context, run: Path) -> None:
     """Inside the job, on each node: start the ranks of this node as the supervisor of RUN says."""
+    _hold_warnings()
     from launcher.inside import serve_run
 
     # The name by which SLURM knows the node, since it is SLURM that is told to leave it out.
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     ctx.exit(serve_run(run, node))
+
+
+def _hold_warnings() -> None:
+    """Keep SIGUSR1 until ``launcher.ranks.caught_signals`` listens, a second or two of imports later, not die of it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 
 def _submit(submission: Submission, dry_run: bool) -> None:

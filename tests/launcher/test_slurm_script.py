@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +161,22 @@ def test_a_container_sees_the_run_and_the_data(monkeypatch: pytest.MonkeyPatch, 
     assert "--container-image=nvcr.io#megamoe:1" in command
     assert f"--container-mounts=/runs/tiny:/runs/tiny,{tmp_path}:{tmp_path},/data:/data" in command
     assert "python3" in command and sys.executable not in command
+
+
+def test_a_warning_before_the_supervisor_listens_neither_ends_the_job_nor_is_lost() -> None:
+    lines = script(config()).splitlines()
+    shell = lines[lines.index("trap '' USR1") : -1]
+    starting = """
+        import os, signal
+        from megamoe.commands import launch
+        launch._hold_warnings()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        from launcher.ranks import caught_signals
+        with caught_signals() as caught:
+            print(*caught)
+    """
+    command = shlex.join([sys.executable, "-c", textwrap.dedent(starting)])
+    job = subprocess.run(
+        ["bash", "-c", "\n".join([*shell, "kill -USR1 $$", f"exec {command}"])], capture_output=True, text=True
+    )
+    assert (job.returncode, job.stdout, job.stderr) == (0, f"{signal.SIGUSR1.value}\n", "")
