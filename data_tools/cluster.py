@@ -62,8 +62,14 @@ def map_on_cluster(
                     under_way.append(future)
                     running, submitted = running + 1, submitted + 1
                 if under_way and under_way[0].done():
-                    yield under_way.popleft().result()
-                    continue
+                    try:
+                        result = _result(under_way[0])
+                    except _NotYetError:
+                        pass
+                    else:
+                        under_way.popleft()
+                        yield result
+                        continue
                 workers.look()
                 with suppress(Empty):
                     done.get(timeout=_LOOK)
@@ -81,6 +87,19 @@ def map_on_cluster(
             ) from error
         except FutureCancelledError as error:
             raise _gone(cluster) from error
+
+
+class _NotYetError(Exception):
+    """The worker that had the result has died since, and the job is done again."""
+
+
+def _result(future: Any) -> Any:
+    try:
+        return future.result(timeout=_ANSWER)
+    except TimeoutError:
+        if future.status == "error":  # the job's own
+            raise
+        raise _NotYetError from None
 
 
 def _in_folder(folder: str, function: Callable[[Job], Result], job: Job) -> Result:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.checkpoint.contents import moments_of
-from megamoe.checkpoint.folders import checkpoint_name, checkpoints_of, delete, to_delete
+from megamoe.checkpoint.folders import checkpoint_name, retain
 from megamoe.checkpoint.load import read_pieces
 from megamoe.checkpoint.manifest import read_manifest
 from megamoe.checkpoint.mirror import Mirror
@@ -208,10 +208,7 @@ class Checkpointer:
         assert self._plan is not None
         complete(folder, state.to_json(), self.engine.layout.describe(), files, self._plan.tensors)
         if prune:
-            # A later one is not of this history; it neither counts nor goes.
-            found = {step: path for step, path in checkpoints_of(self.run) if step <= state.step}
-            for step in to_delete(list(found), self.settings.keep, self.settings.keep_every):
-                delete(found[step])
+            retain(self.run, state.step, self.settings.keep, self.settings.keep_every)
         if self._mirror is not None:
             self._mirror.changed()
 

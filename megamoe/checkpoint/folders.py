@@ -110,6 +110,16 @@ def to_delete(steps: list[int], keep: int, keep_every: int) -> list[int]:
     return [step for step in sorted(steps)[:-keep] if not keep_every or step % keep_every]
 
 
+def retain(run: Path, newest: int, keep: int, keep_every: int) -> None:
+    """Delete the checkpoints that need not stay, of those up to step ``newest``; see :func:`to_delete`.
+
+    A later one is not of this history; it neither counts nor goes.
+    """
+    found = {step: folder for step, folder in checkpoints_of(run) if step <= newest}
+    for step in to_delete(list(found), keep, keep_every):
+        delete(found[step])
+
+
 def delete(folder: Path) -> None:
     """Delete a checkpoint; it is absent at once, whatever interrupts this."""
     doomed = _free(folder.with_name(f".deleted-{folder.name[folder.name.index('step-') :]}"))

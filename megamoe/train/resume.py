@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megamoe.checkpoint.checkpointer import Checkpointer
-from megamoe.checkpoint.folders import checkpoints_of, set_aside, tidy
+from megamoe.checkpoint.folders import checkpoints_of, retain, set_aside, tidy
 from megamoe.checkpoint.load import find_checkpoint
 from megamoe.checkpoint.manifest import check_sizes, read_manifest
 from megamoe.checkpoint.remote import RemoteCheckpoints
@@ -80,6 +80,8 @@ class Resume:
             self._leave_in_mirror(step)
             for folder in tidy(self._run):
                 _say(f"{folder}: half-written, removed")
+            # What a save that was interrupted after it had published would still have deleted.
+            retain(self._run, step, self._config.checkpoint.keep, self._config.checkpoint.keep_every)
             # All ranks are past their indexing, and no data worker has started yet.
             for folder in (self._run, self._run / "index"):
                 remove_unfinished(folder)

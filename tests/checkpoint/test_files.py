@@ -153,3 +153,10 @@ def test_retention_keeps_the_last_and_every_nth() -> None:
     assert to_delete([5, 1, 2, 3, 4], keep=2, keep_every=0) == [1, 2, 3]
     assert to_delete([1, 2, 3, 4, 5, 6, 7], keep=1, keep_every=3) == [1, 2, 4, 5]
     assert to_delete([1, 2], keep=3, keep_every=0) == []
+
+
+def test_retention_leaves_later_steps_alone(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 9):
+        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+    folders.retain(tmp_path, newest=3, keep=2, keep_every=0)
+    assert [step for step, _ in checkpoints_of(tmp_path)] == [2, 3, 9]

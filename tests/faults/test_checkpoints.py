@@ -107,6 +107,9 @@ def test_what_killed_ranks_left_half_written_goes_with_the_next_start(folder: Pa
     left = [run / ".config.yaml.77.tmp", run / "index/.00000.tar.idx.77.tmp"]
     for path in left:
         path.write_bytes(b"half")
+    # As a kill leaves it between the publication of a checkpoint and the deletion of the one that goes for it.
+    left.append(run / "checkpoints/step-00000001")
+    shutil.copytree(run / "checkpoints/step-00000002", left[-1])
     before = sorted((run / "index").iterdir())
     _auto(folder)
     assert not any(path.exists() for path in left)

@@ -50,7 +50,7 @@ def test_the_same_command_twice_gives_identical_metrics(folder: Path) -> None:
     assert audit(folder / "runs/again") == audit(folder / "runs/whole")
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_killed_at_a_random_step_and_resumed_gives_identical_metrics(folder: Path, seed: int) -> None:
     rng = random.Random(seed)
     run = folder / "runs" / f"killed-{seed}"
@@ -75,6 +75,7 @@ def test_killed_at_a_random_step_and_resumed_gives_identical_metrics(folder: Pat
     assert audit(run) == audit(folder / "runs/whole")
 
 
+@pytest.mark.nightly  # each on its own, on fewer ranks: test_chaos.py
 def test_stopped_by_a_signal_and_then_frozen_it_ends_as_the_undisturbed_run(folder: Path) -> None:
     rng = random.Random(7)
     settings = (*LAYOUT, "data.workers=0", "train.watchdog_seconds=6")
