@@ -112,7 +112,7 @@ class Faults:
 
     def _signal_rank(self, signum: signal.Signals) -> float:
         at = time.time()
-        os.kill(self._run.rank_on(self._rng.choice(self._run.nodes("working"))), signum)
+        os.kill(self._run.ranks_on(self._rng.choice(self._run.nodes("working")))[0], signum)
         return at
 
     def _kill(self, node: str) -> float:

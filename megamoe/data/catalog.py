@@ -294,9 +294,10 @@ def data_fingerprint(data: DataSet) -> str:
     """
     digest = hashlib.sha256(f"{data.held_out}\n".encode())
     local = sum(not is_remote(shard) for source in data.sources for shard in source.shards)
+    sized = 0 < local <= _SIZED
     for source in data.sources:
         digest.update(f"{source.weight if len(data.sources) > 1 else 1.0}\n".encode())
         for shard in source.shards:
-            size = os.stat(shard).st_size if local <= _SIZED and not is_remote(shard) else ""
+            size = os.stat(shard).st_size if sized and not is_remote(shard) else ""
             digest.update(f"{unsigned(shard).rpartition('/')[2]}\0{size}\n".encode())
     return digest.hexdigest()[:16]

@@ -16,7 +16,7 @@ import numpy as np
 from braceexpand import braceexpand
 
 from megamoe.data.names import name_hashes, repeated
-from megamoe.data.urls import masked, scheme, unsigned
+from megamoe.data.urls import is_plain, masked, scheme, unsigned
 from megamoe.errors import DataError
 
 _JOIN = re.compile(r"::(?![^\[]*\])")  # but not the one in an IPv6 address: http://[::1]/a.tar
@@ -149,8 +149,8 @@ def _names(part: str, spec: str) -> Iterator[str]:
         yield part  # a real name wins over a reading as a pattern
         return
     try:
-        # backslashes in a command are the shell's
-        yield from braceexpand(part, escape=kind != "pipe")
+        # Backslashes in a command are the shell's. Where there are none, nothing is looked for in each of the names.
+        yield from braceexpand(part, escape=kind != "pipe" and "\\" in part)
     except ValueError as error:  # its UnbalancedBracesError
         raise DataError(f"shards {masked(part)!r}: unbalanced braces; write path/{{00000..00063}}.tar") from error
 
@@ -252,6 +252,8 @@ def _shown(shard: str) -> str:
 
 
 def _file_name(shard: str) -> str:
+    if is_plain(shard):
+        return shard.rpartition("/")[2]
     kind = scheme(shard)
     if kind is None:
         return os.path.basename(shard)

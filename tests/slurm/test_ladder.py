@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from launcher.history import recoveries
+from megamoe.statuses import NO_PROGRESS
 from tests.slurm.jobs import BedWithJobs
 from tests.slurm.launched import PATIENCE, LaunchedRun
 from tests.training import audit, largest_difference, make_data, metrics, small_config, train, write_config
@@ -140,3 +143,38 @@ def test_it_saves_when_a_job_of_higher_priority_comes_and_goes_on_after_it(bed: 
     assert set(ended["detail"]["statuses"].values()) == {75}, "saved"
     assert run.end()["Restarts"] == "1"
     assert_undisturbed(run)
+
+
+@pytest.mark.nightly
+def test_with_too_few_nodes_the_run_waits_in_the_queue_until_there_are_enough(bed: BedWithJobs, launch: Launch) -> None:
+    run = launch("few", "--min-nodes", "2", "--exclude", "n3,n4")
+    run.until_goes_on("start")
+    lost = run.another()
+    bed.kill_node(lost)
+    run.until(lambda: bool(run.events("again")), "too few nodes")
+    bed.start_node(lost)
+    run.until_goes_on("again")
+    assert "only 1 nodes are left, and the run needs 2" in run.said()
+    assert run.end()["Restarts"] == "1"
+    assert_undisturbed(run)
+
+
+@pytest.mark.nightly
+def test_a_run_that_gets_nowhere_ends_for_good_and_says_why(bed: BedWithJobs, launch: Launch) -> None:
+    run = launch("vain", "launch.max_restarts_without_progress=1", pace=3600)
+    killed: list[int] = []
+
+    def another_rank() -> bool:
+        ranks = [rank for node in run.nodes("working") for rank in run.ranks_on(node) if rank not in killed]
+        killed.extend(ranks[:1])
+        return bool(ranks)
+
+    for _ in range(2):
+        run.until(another_rank, "a rank of a new attempt")
+        attempts = len(run.attempts())
+        os.kill(killed[-1], signal.SIGKILL)
+        if attempts == 1:
+            run.until(lambda: len(run.attempts()) == 2, "the restart")
+    facts = bed.wait_job(run.job, timeout=PATIENCE)
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", f"{NO_PROGRESS}:0", "0"), run.said()
+    assert "no progress: a restart came no further than step 0" in run.said()
