@@ -142,7 +142,7 @@ def _rank(case: Case, state: str | None) -> dict[str, float]:
     if state is not None:
         loader.go_on_from(DataState.from_json(json.loads(state), "benchmark"))
     ready = time.perf_counter()
-    processes = WorkerProcesses(LocateWork(case, data, loader.state), [1] * case.workers, ahead=1)
+    processes = WorkerProcesses(LocateWork(case, data, loader.state), case.workers, 1, ahead=1)
     try:
         first = [processes.receive(worker) for worker in range(case.workers)]
         done, rank_cpu = time.perf_counter(), time.process_time() - cpu

@@ -35,18 +35,13 @@ class LostSample:
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """What went into a sequence. ``cursor`` is the lane's state after it.
-
-    ``counters``: by (source, what): ``samples``, ``bytes`` of their members, ``decode_seconds``, and ``lost_image``,
-    ``lost_caption``, ``lost_incomplete``, ``lost_shard`` by cause.
-    """
+    """What went into a sequence. ``cursor`` is the lane's state after it."""
 
     samples: list[str]
     lost: list[LostSample]
     truncated: int
     targets: int
     cursor: int
-    counters: Counter[tuple[int, str]]
 
 
 class _Ready(NamedTuple):
@@ -74,13 +69,21 @@ class LanePacker:
         self._shape = shape
         self._waiting: _Ready | None = None  # what the next sequence begins with
 
-    def next_sequence(self, cursor: int, pixels: npt.NDArray[np.uint8], tokens: npt.NDArray[np.int64]) -> PackedSequence:
+    def next_sequence(
+        self,
+        cursor: int,
+        pixels: npt.NDArray[np.uint8],
+        tokens: npt.NDArray[np.int64],
+        counters: Counter[tuple[int, str]],
+    ) -> PackedSequence:
         """Fill one sequence, beginning with the lane's sample number ``cursor``.
 
         Args:
             cursor: the lane's state.
             pixels: uint8 (I, H, W, 3), filled; see :class:`megamoe.data.pack.SequenceBuilder`.
             tokens: int64 (3, L), filled.
+            counters: added to, by (source, what): ``samples``, ``bytes`` of their members, ``decode_seconds``, and
+                ``lost_image``, ``lost_caption``, ``lost_incomplete``, ``lost_shard`` by cause.
 
         Raises:
             BadShard: a shard cannot be used.
@@ -89,7 +92,6 @@ class LanePacker:
         builder = SequenceBuilder(self._shape, self._tokenizer, pixels, tokens)
         samples: list[str] = []
         lost: list[LostSample] = []
-        counters: Counter[tuple[int, str]] = Counter()
         in_a_row = 0
         while not builder.full:
             ref = self._order.locate(self.lane, cursor)
@@ -126,7 +128,7 @@ class LanePacker:
                     counters[source, "lost_incomplete"] += 1
             cursor += 1
         builder.finish()
-        return PackedSequence(samples, lost, builder.truncated, builder.targets, cursor, counters)
+        return PackedSequence(samples, lost, builder.truncated, builder.targets, cursor)
 
     def _ready(self, cursor: int, located: Located) -> _Ready:
         """Sample number ``cursor`` of the lane, read now or when it did not fit into the sequence before.

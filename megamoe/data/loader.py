@@ -42,7 +42,7 @@ class StepBatch:
         lost: samples that could not be used and were replaced by the next of their lane.
         truncated: captions that were cut to fit an empty sequence.
         targets: labels to predict on this rank in this step.
-        counters: by (source, what) as in :class:`megamoe.data.lane.PackedSequence`.
+        counters: by (source, what), see :meth:`megamoe.data.lane.LanePacker.next_sequence`.
         reading: what reading took, as in :class:`megamoe.data.worker.WorkerItem`, over all workers.
         wait_seconds: time that the caller was kept waiting for this step.
     """
@@ -102,8 +102,8 @@ class StepLoader(Iterator[StepBatch]):
             )
         rounds = range(global_batch // (micro_batch * dp_size))
         firsts = [(i * dp_size + dp_rank) * micro_batch for i in rounds]
-        self._micro_batches = [list(range(first, first + micro_batch)) for first in firsts]
-        lanes = [lane for batch in self._micro_batches for lane in batch]
+        lanes = [lane for first in firsts for lane in range(first, first + micro_batch)]
+        self._micro_batch = micro_batch
         anchors = tuple(Anchor(0, 0) for _ in dataset.sources)
         self._state = DataState(dict.fromkeys(lanes, 0), anchors, dict(dataset.quarantine))
         self._workers = min(data.workers, len(lanes))
@@ -176,34 +176,29 @@ class StepLoader(Iterator[StepBatch]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _assemble(self, parts: list[_Part], start: float) -> StepBatch:
-        items = [part.item for part in parts]
-        rows = {lane: (part, row) for part in parts for row, lane in enumerate(part.item.lanes)}
-        sequences = {lane: part.item.sequences[row] for lane, (part, row) in rows.items()}
+    def _assemble(self, parts: _Parts, start: float) -> StepBatch:
+        sequences: list[PackedSequence] = [sequence for item in parts.items for sequence in item.sequences]
         lanes = list(self._state.cursors)
-        assert list(rows) == lanes, "workers have contiguous parts of the lanes, in order"
-        cursors = {lane: sequences[lane].cursor for lane in lanes}
-        self._state = replace(self._state, cursors=cursors, anchors=earliest(item.anchors for item in items))
-        in_order: list[PackedSequence] = [sequences[lane] for lane in lanes]
-        counters: Counter[tuple[int, str]] = Counter()
-        for sequence in in_order:
-            counters.update(sequence.counters)
+        by_lane = list(zip(lanes, sequences, strict=True))  # workers have contiguous parts of the lanes, in order
+        cursors = {lane: sequence.cursor for lane, sequence in by_lane}
+        anchors = earliest(item.anchors for item in parts.items)
+        self._state = replace(self._state, cursors=cursors, anchors=anchors)
         return StepBatch(
-            [(_gather(rows, batch, "pixels"), _gather(rows, batch, "text")) for batch in self._micro_batches],
-            samples=[(lane, name) for lane in lanes for name in sequences[lane].samples],
-            lost=[lost for sequence in in_order for lost in sequence.lost],
-            truncated=sum(sequence.truncated for sequence in in_order),
-            targets=sum(sequence.targets for sequence in in_order),
-            counters=counters,
-            reading=sum((item.counters for item in items), Counter()),
+            list(zip(parts.pixels.split(self._micro_batch), parts.text.split(self._micro_batch), strict=True)),
+            samples=[(lane, name) for lane, sequence in by_lane for name in sequence.samples],
+            lost=[lost for sequence in sequences for lost in sequence.lost],
+            truncated=sum(sequence.truncated for sequence in sequences),
+            targets=sum(sequence.targets for sequence in sequences),
+            counters=sum((item.counters for item in parts.items), Counter()),
+            reading=sum((item.reading for item in parts.items), Counter()),
             wait_seconds=time.perf_counter() - start,
         )
 
 
-class _Part(NamedTuple):
-    """A worker's part of a step: pixels uint8 (n, I, H, W, 3) and text int64 (n, 3, L) of the n lanes of ``item``."""
+class _Parts(NamedTuple):
+    """A step: what each worker says of its part, and all lanes' pixels uint8 (n, I, H, W, 3) and text int64 (n, 3, L)."""
 
-    item: WorkerItem
+    items: list[WorkerItem]
     pixels: Tensor
     text: Tensor
 
@@ -212,40 +207,41 @@ class _InProcess:
     """The stream in this process."""
 
     def __init__(self, stream: LaneStream) -> None:
-        ring = stream.buffers(0, 1)
+        ring = stream.buffers()
         self._tensors = _tensors(ring)
         self._items = stream.steps(0, 1, ring)
 
-    def next_step(self) -> list[_Part]:
+    def next_step(self) -> _Parts:
         item = next(self._items)
-        return [_Part(item, *self._tensors[item.buffer])]
+        return _Parts([item], *self._tensors[item.buffer])
 
     def close(self) -> None:
         self._items.close()
 
 
 class _InWorkers:
-    """The stream in worker processes, which fill tensors that lie in shared memory."""
+    """The stream in worker processes, which fill the same tensors in shared memory, each its own rows."""
 
     def __init__(self, stream: LaneStream, workers: int, ahead: int) -> None:
-        self._processes = WorkerProcesses(stream, [stream.buffer_bytes(each, workers) for each in range(workers)], ahead)
-        self._tensors = [
-            _tensors(stream.buffers(each, workers, memory)) for each, memory in enumerate(self._processes.memory)
-        ]
+        self._workers = range(workers)
+        self._processes = WorkerProcesses(stream, workers, stream.buffer_bytes, ahead)
+        self._tensors = _tensors(stream.buffers(self._processes.memory))
 
     @property
     def pids(self) -> list[int]:
         return self._processes.pids
 
-    def next_step(self) -> list[_Part]:
-        return [self._receive(worker) for worker in range(len(self._tensors))]
+    def next_step(self) -> _Parts:
+        items = [self._receive(worker) for worker in self._workers]
+        (buffer,) = {item.buffer for item in items}
+        return _Parts(items, *self._tensors[buffer])
 
-    def _receive(self, worker: int) -> _Part:
+    def _receive(self, worker: int) -> WorkerItem:
         item = self._processes.receive(worker)
         if isinstance(item, WorkerError):
             raise item.error
         assert isinstance(item, WorkerItem)
-        return _Part(item, *self._tensors[worker][item.buffer])
+        return item
 
     def close(self) -> None:
         self._processes.close()
@@ -254,12 +250,3 @@ class _InWorkers:
 def _tensors(ring: list[Buffer]) -> list[tuple[Tensor, Tensor]]:
     """The buffers as tensors over the same memory."""
     return [(torch.from_numpy(buffer.pixels), torch.from_numpy(buffer.text)) for buffer in ring]
-
-
-def _gather(rows: Mapping[int, tuple[_Part, int]], lanes: list[int], what: str) -> Tensor:
-    """The rows of ``lanes``, as a view where one worker has them all."""
-    first, row = rows[lanes[0]]
-    if all(rows[lane][0] is first for lane in lanes):  # then they follow each other
-        tensor: Tensor = getattr(first, what)[row : row + len(lanes)]
-        return tensor
-    return torch.stack([getattr(part, what)[row] for part, row in (rows[lane] for lane in lanes)])

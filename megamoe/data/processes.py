@@ -2,7 +2,7 @@
 
 Not torch's ``DataLoader``, whose workers import torch, and not a fork of the rank itself, which has threads and a GPU.
 The rank starts the server with ``python -c``, hands it the work in shared memory, a pipe per worker, and shared memory
-for what each worker makes. A worker makes an item for each message that it gets. All of them end when the rank closes
+for what they make. A worker makes an item for each message that it gets. All of them end when the rank closes
 the pipe that it holds for that, or dies.
 """
 
@@ -37,7 +37,7 @@ class Work(Protocol):
         """Import what is needed, before the workers are forked."""
 
     def serve(self, worker: int, workers: int, memory: mmap.mmap) -> Iterator[Any]:
-        """The items of one worker, which may leave part of them in ``memory``."""
+        """The items of one worker, which may leave part of them in its place in ``memory``."""
 
 
 @dataclass(frozen=True)
@@ -52,25 +52,26 @@ class WorkerDied(RuntimeError):
 
 
 class WorkerProcesses:
-    """One process for each of ``sizes``, which are the bytes of shared memory that they get; close it in the end.
+    """So many ``workers``, a process each; close it in the end.
 
     Attributes:
-        memory: that shared memory, one block per worker. It stays mapped as long as anybody holds a view of it.
+        memory: what all of them share with this process. It stays mapped as long as anybody holds a view of it.
 
     Args:
         work: what they do.
-        sizes: one for each worker.
+        workers: how many.
+        size: bytes of ``memory``.
         ahead: items that a worker makes before they are asked for.
     """
 
-    def __init__(self, work: Work, sizes: list[int], ahead: int) -> None:
+    def __init__(self, work: Work, workers: int, size: int, ahead: int) -> None:
         job = pickle.dumps(work, pickle.HIGHEST_PROTOCOL)
-        blocks = [_shared(max(1, size)) for size in (*sizes, len(job))]
-        self.memory = [mmap.mmap(block, 0) for block in blocks]
-        self.memory.pop()[:] = job
+        blocks = [_shared(max(1, size)), _shared(len(job))]
+        self.memory, content = (mmap.mmap(block, 0) for block in blocks)
+        content[:] = job
         theirs, self._life = Pipe(duplex=False)
         self._report, said = Pipe(duplex=False)
-        pairs = [Pipe() for _ in sizes]
+        pairs = [Pipe() for _ in range(workers)]
         self._pipes = [ours for ours, _ in pairs]
         handed = [theirs.fileno(), said.fileno(), *blocks, *(pipe.fileno() for _, pipe in pairs)]
         code = f"import sys; sys.path[:] = {sys.path!r}; from megamoe.data.processes import serve; serve(*{handed!r})"
@@ -149,13 +150,15 @@ class WorkerProcesses:
         return True
 
 
-def serve(life: int, report: int, *handed: int) -> None:
+def serve(life: int, report: int, block: int, job: int, *pipes: int) -> None:
     """The server: fork the workers, say how they end, and end with the rank.
 
     Args:
         life: read end of a pipe that the rank holds open.
         report: write end of a pipe for what becomes of the workers.
-        handed: shared memory of each worker and that of the work; then the pipe of each worker.
+        block: the memory that all share.
+        job: that of the work.
+        pipes: one of each worker.
     """
     # What asks a training to stop is not meant for its workers: it needs them to finish its step and save
     for number in _DEAF_TO:
@@ -166,22 +169,20 @@ def serve(life: int, report: int, *handed: int) -> None:
     if now != resource.RLIM_INFINITY and now < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))  # a worker may have many shards open
     alive = Connection(life, writable=False)
-    count = len(handed) // 2
-    blocks, job, pipes = handed[:count], handed[count], handed[count + 1 :]
     with mmap.mmap(job, 0) as content:
         work: Work = pickle.loads(content)
     work.preload()
     gc.collect()
     gc.freeze()  # the collector writes to what it looks at, and pages that are written to are shared no longer
     pids = []
-    for worker in range(count):
+    for worker in range(len(pipes)):
         pid = os.fork()
         if not pid:
             for other, pipe in enumerate(pipes):
                 if other != worker:
                     os.close(pipe)
             os.close(report)
-            _work(work, worker, count, mmap.mmap(blocks[worker], 0), Connection(pipes[worker]), alive)
+            _work(work, worker, len(pipes), mmap.mmap(block, 0), Connection(pipes[worker]), alive)
         pids.append(pid)
     for pipe in pipes:
         os.close(pipe)

@@ -51,18 +51,18 @@ class WorkerItem:
     """One optimizer step of a worker's lanes.
 
     Attributes:
-        buffer: number of the buffer that holds pixels and text.
-        lanes: lane of each of its n rows.
-        sequences: what each row holds.
+        buffer: number of the buffer that holds pixels and text, the same for all workers of a step.
+        sequences: what each of the worker's rows holds.
         anchors: by source, the earliest window that these lanes still need after this step.
-        counters: what bringing shards took, as :attr:`megamoe.data.storage.Storage.counters`, and ``seconds`` in all.
+        counters: by (source, what), see :meth:`megamoe.data.lane.LanePacker.next_sequence`.
+        reading: what bringing shards took, as :attr:`megamoe.data.storage.Storage.counters`, and ``seconds`` in all.
     """
 
     buffer: int
-    lanes: list[int]
     sequences: list[PackedSequence]
     anchors: tuple[Anchor, ...]
-    counters: Counter[str]
+    counters: Counter[tuple[int, str]]
+    reading: Counter[str]
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,14 @@ class LaneStream:
         self._order = order
         self._buffers = buffers
 
-    def buffers(self, worker: int, workers: int, memory: mmap | None = None) -> list[Buffer]:
-        """Those of one worker."""
-        return buffers(len(self._lanes(worker, workers)), self._shape, self._buffers, memory)
+    def buffers(self, memory: mmap | None = None) -> list[Buffer]:
+        """Those of all lanes; each worker fills the rows of its own."""
+        return buffers(len(self._state.cursors), self._shape, self._buffers, memory)
 
-    def buffer_bytes(self, worker: int, workers: int) -> int:
-        """Bytes of all buffers of one worker."""
-        return self._buffers * buffer_bytes(len(self._lanes(worker, workers)), self._shape)
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of all of them."""
+        return self._buffers * buffer_bytes(len(self._state.cursors), self._shape)
 
     def preload(self) -> None:
         """Import what reading will need, once for all workers that are forked from this process."""
@@ -144,26 +145,23 @@ class LaneStream:
     def serve(self, worker: int, workers: int, memory: mmap) -> Iterator[WorkerItem | WorkerError]:
         """As :meth:`steps`, in a worker process: a :class:`DataError` is handed on, not raised."""
         try:
-            yield from self.steps(worker, workers, self.buffers(worker, workers, memory))
+            yield from self.steps(worker, workers, self.buffers(memory))
         except DataError as error:
             yield WorkerError(error if isinstance(error, BadShard) else DataError(str(error)))
 
     def steps(self, worker: int, workers: int, ring: Sequence[Buffer]) -> Generator[WorkerItem, None, None]:
-        """Step after step into the buffers of ``ring``, without end.
+        """Step after step into the worker's rows of the buffers of ``ring``, without end.
 
         Raises:
             DataError: it cannot go on.
         """
-        lanes = self._lanes(worker, workers)
+        lanes = list(self._state.cursors)
+        rows = slice(len(lanes) * worker // workers, len(lanes) * (worker + 1) // workers)
         storage = Storage(self._cache)
         try:
-            yield from self._steps(lanes, storage, ring)
+            yield from self._steps(lanes[rows], storage, [Buffer(each.pixels[rows], each.text[rows]) for each in ring])
         finally:
             storage.close()
-
-    def _lanes(self, worker: int, workers: int) -> list[int]:
-        lanes = list(self._state.cursors)
-        return lanes[len(lanes) * worker // workers : len(lanes) * (worker + 1) // workers]
 
     def _steps(self, lanes: list[int], storage: Storage, ring: Sequence[Buffer]) -> Iterator[WorkerItem]:
         catalog, sources = Catalog(self._data, storage), self._data.sources
@@ -186,14 +184,15 @@ class LaneStream:
         cursors = [self._state.cursors[lane] for lane in lanes]
         for number, (pixels, text) in itertools.cycle(enumerate(ring)):
             started = time.perf_counter()
+            counters: Counter[tuple[int, str]] = Counter()
             sequences = [
-                packer.next_sequence(cursor, pixels_IHWC, text_3L)
+                packer.next_sequence(cursor, pixels_IHWC, text_3L, counters)
                 for packer, cursor, pixels_IHWC, text_3L in zip(packers, cursors, pixels, text, strict=True)
             ]
             cursors = [sequence.cursor for sequence in sequences]
             first, last = min(zip(cursors, lanes, strict=True)), max(zip(cursors, lanes, strict=True))
             catalog.keep(order.shards_between(first, last))
             order.forget_before(first[1], first[0])
-            counters, storage.counters = storage.counters, Counter()
-            counters["seconds"] += time.perf_counter() - started  # type: ignore[assignment]
-            yield WorkerItem(number, lanes, sequences, tuple(order.anchors(first[1], first[0])), counters)
+            reading, storage.counters = storage.counters, Counter()
+            reading["seconds"] += time.perf_counter() - started  # type: ignore[assignment]
+            yield WorkerItem(number, sequences, tuple(order.anchors(first[1], first[0])), counters, reading)

@@ -26,7 +26,7 @@ class StepTotals:
     ``drawn``: samples that the lanes have moved on by; incomplete ones, which have no place in a lane, are lost as well.
     ``lost_shard``: those of the samples lost whose shard is in quarantine. ``stops``: ranks that were asked to stop.
     ``failed``: ranks whose part is missing; then the other counts mean nothing. ``sources``: by name, what each source gave
-    (:class:`megamoe.data.lane.PackedSequence`); ``reading``: what bringing it took
+    (:meth:`megamoe.data.lane.LanePacker.next_sequence`); ``reading``: what bringing it took
     (:class:`megamoe.data.worker.WorkerItem`).
     """
 
