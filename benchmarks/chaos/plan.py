@@ -103,7 +103,7 @@ class Plan:
     Attributes:
         seed: What it was made from.
         layout: The layout that it starts with.
-        workers: Data workers of each rank.
+        workers: Data workers of each rank that reads data.
         faults: In the order in which they come.
     """
 
@@ -124,7 +124,7 @@ class Plan:
 
     def words(self) -> str:
         """The plan for people."""
-        workers = ", a data worker each" if self.workers else ""
+        workers = ", with data workers" if self.workers else ""
         return f"{self.layout}{workers}; " + "; ".join(fault.words() for fault in self.faults)
 
 
@@ -168,14 +168,16 @@ def _draw_fault(rng: random.Random, kind: str, step: int, layout: str) -> Fault:
         when, delay = "save", rng.uniform(0, 0.2)
     elif kind in _IN_START and rng.random() < 0.2:
         when, delay = "start", rng.uniform(0, 8)
-    ranks = LAYOUTS[layout][0]
+    ranks, overrides = LAYOUTS[layout]
+    # Only the first stage of a pipeline reads data.
+    hit = ranks // 2 if kind in _WORKER and "parallel.pipeline=2" in overrides else ranks
     smaller = [name for name, (count, _) in LAYOUTS.items() if count < ranks]
     return Fault(
         kind=kind,
         when=when,
         step=step,
         delay=round(delay, 3),
-        rank=rng.randrange(ranks),
+        rank=rng.randrange(ranks) % hit,
         whom=rng.choice(("the launcher", "a rank")),
         where=rng.choice(("the run", "the checkpoints")),
         amount=round(rng.uniform(0, 0.99), 2),
