@@ -174,14 +174,17 @@ def bench() -> None:
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Of each reader, after a first one."
 )
+@click.option(
+    "--side", type=click.IntRange(224, 4096), default=224, show_default=True, help="Of the pictures; all are given at 224."
+)
 @click.option("--json", "json_file", type=PATH, metavar="FILE", help="Write all figures there.")
-def bench_data_verb(folder: Path, samples: int, rounds: int, json_file: Path | None) -> None:
+def bench_data_verb(folder: Path, samples: int, rounds: int, side: int, json_file: Path | None) -> None:
     """Pictures per second that the loader gives, beside webdataset and beside what the cores can decode."""
     import json
 
     from megamoe.bench.data import bench_data
 
-    result = bench_data(folder, samples, rounds)
+    result = bench_data(folder, samples, rounds, side)
     click.echo(f"{result['processes']} processes, {result['kilobytes_per_picture']:.1f} KB per picture")
     for name, rate in result["samples_per_second"].items():
         click.echo(f"  {name.replace('_', ' '):<26}{rate:>8,.0f} pictures/s")

@@ -33,25 +33,27 @@ from megamoe.data.storage import Storage
 from megamoe.data.tokenizer import Tokenizer
 from megamoe.data.vocabulary import train_tokenizer
 
+Decode = Callable[[bytes], torch.Tensor]
 PROCESSES = 2
 _IN_SEQUENCE = 8
 _BATCH = 64
 
 
-def bench_data(folder: Path, samples: int = 8000, rounds: int = 3) -> dict[str, Any]:
+def bench_data(folder: Path, samples: int = 8000, rounds: int = 3, side: int = SIDE) -> dict[str, Any]:
     """Measure and return all figures, by name.
 
     Args:
         folder: where the shards are made, or lie from the last time.
-        samples: pictures of an epoch, 224x224 JPEGs of about 27 KB.
+        samples: pictures of an epoch; 224x224 JPEGs have about 27 KB.
         rounds: of each reader; the first of all is not counted.
+        side: of the pictures in pixels. All readers give them at 224x224.
 
     Returns:
         ``samples_per_second`` by reader, and the ratios: ``ratio_webdataset`` (ours over webdataset with Pillow),
         ``ratio_webdataset_simplejpeg`` (with our decoder), ``ratio_decode_limit`` (ours over decoding alone), and
         ``kilobytes_per_picture``.
     """
-    shards = write_shards(folder / "shards", samples)
+    shards = write_shards(folder / f"shards-{side}", samples, side=side)
     model = folder / "tokenizer.model"
     if not model.exists():
         train_tokenizer([caption(i) for i in range(3000)], folder / "tokenizer", 400)
@@ -69,6 +71,7 @@ def bench_data(folder: Path, samples: int = 8000, rounds: int = 3) -> dict[str, 
     middle = {name: statistics.median(each[1:]) for name, each in rates.items()}
     return {
         "samples": samples,
+        "side": side,
         "processes": PROCESSES,
         "kilobytes_per_picture": sum(shard.stat().st_size for shard in shards) / samples / 1000,
         "samples_per_second": middle,
@@ -95,7 +98,7 @@ def _ours(dataset: DataSet, tokenizer: Tokenizer, samples: int) -> float:
         return _rate((len(step.samples) for step in loader), samples)
 
 
-def _webdataset(shards: list[Path], decode: Callable[[bytes], torch.Tensor], samples: int) -> float:
+def _webdataset(shards: list[Path], decode: Decode, samples: int) -> float:
     """As open_clip builds it: shards and samples shuffled, decoded and put into batches by the workers."""
     stages = [
         webdataset.SimpleShardList([str(shard) for shard in shards]),
@@ -145,8 +148,15 @@ def _rate(counts: Iterator[int], samples: int) -> float:
 
 
 def _pillow(data: bytes) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).copy())
+    return _tensor(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def _simplejpeg(data: bytes) -> torch.Tensor:
-    return torch.from_numpy(simplejpeg.decode_jpeg(data, strict=True))
+    pixels = simplejpeg.decode_jpeg(data, min_height=SIDE, min_width=SIDE, strict=True)
+    return torch.from_numpy(pixels) if pixels.shape[:2] == (SIDE, SIDE) else _tensor(Image.fromarray(pixels))
+
+
+def _tensor(image: Image.Image) -> torch.Tensor:
+    if image.size != (SIDE, SIDE):
+        image = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(image).copy())

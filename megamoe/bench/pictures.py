@@ -42,7 +42,7 @@ def caption(number: int) -> str:
     return " ".join(_WORDS[i] for i in rng.integers(0, len(_WORDS), 10))
 
 
-def write_shards(folder: Path, samples: int, per_shard: int = 1000) -> list[Path]:
+def write_shards(folder: Path, samples: int, per_shard: int = 1000, side: int = SIDE) -> list[Path]:
     """LAION-style tars (KEY.jpg, KEY.txt) in ``folder``; those that are there already are used again."""
     shards = []
     for number, first in enumerate(range(0, samples, per_shard)):
@@ -52,6 +52,6 @@ def write_shards(folder: Path, samples: int, per_shard: int = 1000) -> list[Path
             continue
         with atomic_file(shard) as file, TarWriter(file, encoder=False, mtime=0) as tar:
             for i in range(first, min(first + per_shard, samples)):
-                jpg = simplejpeg.encode_jpeg(picture(i), quality=95, colorsubsampling="420")
+                jpg = simplejpeg.encode_jpeg(picture(i, side), quality=95, colorsubsampling="420")
                 tar.write({"__key__": f"{i:09d}", "jpg": jpg, "txt": caption(i).encode()})
     return shards

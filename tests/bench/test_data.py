@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import simplejpeg
 
-from megamoe.bench.pictures import write_shards
+from megamoe.bench import data
+from megamoe.bench.pictures import picture, write_shards
 from tests.training import megamoe
 
 
@@ -27,3 +29,11 @@ def test_figures_are_printed_and_written_and_the_ratios_are_theirs(tmp_path: Pat
 def test_pictures_are_the_same_each_time(tmp_path: Path) -> None:
     one, other = (write_shards(tmp_path / name, 5, per_shard=3) for name in "ab")
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in other]
+
+
+@pytest.mark.parametrize("read", [data._pillow, data._simplejpeg])
+@pytest.mark.parametrize("side", [224, 500])
+def test_peers_give_pictures_of_any_size_at_that_of_ours(read: data.Decode, side: int) -> None:
+    ours = data.decode_image(simplejpeg.encode_jpeg(picture(1, side)), data.SIDE)
+    theirs = read(simplejpeg.encode_jpeg(picture(1, side)))
+    assert theirs.shape == ours.shape and abs(theirs.numpy().astype(int) - ours).mean() < 3
