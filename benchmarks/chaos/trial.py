@@ -254,12 +254,14 @@ class _Trial:
         self.training.launch(layout)
 
     def _worker(self, fault: Fault) -> int:
-        """The data worker of a rank: the child of its fork server."""
+        """The data worker of a rank: the child of its fork server, which may only be starting."""
         rank = self._rank(fault)
-        for process in psutil.Process(rank).children(recursive=True):
-            if process.ppid() != rank:
-                return process.pid
-        raise Missed(f"rank {fault.rank} has no data worker")
+
+        def workers() -> list[int]:
+            return [each.pid for each in psutil.Process(rank).children(recursive=True) if each.ppid() != rank]
+
+        self.training.until(lambda: bool(workers()), f"rank {fault.rank} had a data worker")
+        return workers()[0]
 
     def _rank(self, fault: Fault) -> int:
         ranks = self.training.ranks()
