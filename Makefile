@@ -18,7 +18,7 @@ install: $(INSTALLED) ## Install MegaMoE with its pinned dependencies into .venv
 demo: $(INSTALLED) ## Make shards, train a small model on 4 processes, kill one, evaluate, write the report
 	$(BIN)/megamoe demo
 
-test: $(INSTALLED) ## Run all tests
+test: $(INSTALLED) ## Run all tests but those marked nightly
 	$(BIN)/python -m pytest -q
 
 chaos: $(INSTALLED) ## Run 100 trainings under random faults (hours; goes on where it was); rewrite docs/chaos.md

@@ -94,8 +94,9 @@ class _NotYetError(Exception):
 
 
 def _result(future: Any) -> Any:
+    """The result of a job that is done, which its worker may have taken along: Dask itself would wait without end."""
     try:
-        return future.result(timeout=_ANSWER)
+        return future.result(timeout=_NO_WORKERS)
     except TimeoutError:
         if future.status == "error":  # the job's own
             raise

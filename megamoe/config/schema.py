@@ -293,7 +293,9 @@ class CheckpointConfig(Section):
     """When checkpoints are written and how many stay."""
 
     every: PositiveInt = Field(500, description="Steps between checkpoints; the last step is always saved.")
-    keep: PositiveInt = Field(3, description="Checkpoints kept; older ones are deleted after a new one is complete.")
+    keep: PositiveInt = Field(
+        3, description="Checkpoints kept; older ones are deleted after a new one is complete, and when a run goes on."
+    )
     keep_every: Count = Field(0, description="Checkpoints of steps that this divides stay for ever; 0: none.")
     # Off takes no memory beyond the training itself; on, what a fault costs is the same but for the seconds of one save.
     in_background: bool = Field(

@@ -135,6 +135,20 @@ def test_an_error_is_raised_here_and_names_its_job(cluster: str) -> None:
     assert caught.value.__notes__ == ["This was try, number 3"]
 
 
+def test_a_result_that_does_not_come_is_given_up_for_now_with_a_stand_in_for_a_future() -> None:
+    class Late:
+        status = "finished"
+
+        def result(self, timeout: float) -> None:
+            raise TimeoutError(timeout)
+
+    with pytest.raises(data_tools.cluster._NotYetError):
+        data_tools.cluster._result(Late())
+    Late.status = "error"  # then it is the job itself that ran out of time
+    with pytest.raises(TimeoutError):
+        data_tools.cluster._result(Late())
+
+
 def test_a_cluster_that_cannot_be_used_is_refused_in_one_line(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_tools.cluster, "_ANSWER", 1.0)
     nobody = f"tcp://127.0.0.1:{free_port()}"

@@ -163,17 +163,24 @@ def test_a_container_sees_the_run_and_the_data(monkeypatch: pytest.MonkeyPatch, 
     assert "python3" in command and sys.executable not in command
 
 
-def test_a_warning_before_the_supervisor_listens_neither_ends_the_job_nor_is_lost() -> None:
+@pytest.mark.parametrize("verb", ["supervise", "agent"])
+def test_a_warning_before_anybody_listens_neither_ends_the_job_nor_is_lost(verb: str) -> None:
     lines = script(config()).splitlines()
     shell = lines[lines.index("trap '' USR1") : -1]
-    starting = """
+    starting = f"""
         import os, signal
-        from megamoe.commands import launch
-        launch._hold_warnings()
-        os.kill(os.getpid(), signal.SIGUSR1)
+        import launcher.inside
         from launcher.ranks import caught_signals
-        with caught_signals() as caught:
-            print(*caught)
+        from megamoe.commands.launch import launch
+
+        def listen_late(*_):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            with caught_signals() as caught:
+                print(*caught)
+            return 0
+
+        launcher.inside.supervise_run = launcher.inside.serve_run = listen_late
+        launch(["{verb}", "/runs/tiny"])
     """
     command = shlex.join([sys.executable, "-c", textwrap.dedent(starting)])
     job = subprocess.run(
