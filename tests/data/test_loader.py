@@ -265,6 +265,13 @@ def test_workers_do_without_torch_and_share_what_they_import(shards: DataSet, to
             assert process.memory_full_info().uss < 32e6
 
 
+def test_a_micro_batch_of_several_workers_is_not_copied(shards: DataSet, tokenizer: Tokenizer) -> None:
+    with loader(shards, tokenizer, 0, 1, 8, 3) as one:
+        steps = [next(one) for _ in range(12)]  # all kept: copies would each have a place of their own
+        places = [pixels.data_ptr() for step in steps for pixels, _ in step.micro_batches]
+    assert len(places) == 12 and len(set(places)) == one._prefetch + 3
+
+
 def test_an_error_in_a_worker_comes_with_its_traceback(shards: DataSet, tokenizer: Tokenizer) -> None:
     with loader(shards, tokenizer, 0, 1, 8, 1) as one:
         one._state = DataState({lane: -1 for lane in range(8)}, (Anchor(0, 0),), {})
