@@ -188,7 +188,7 @@ def bench_data_verb(folder: Path, samples: int, rounds: int, side: int, json_fil
     click.echo(f"{result['processes']} processes, {result['kilobytes_per_picture']:.1f} KB per picture")
     for name, rate in result["samples_per_second"].items():
         click.echo(f"  {name.replace('_', ' '):<26}{rate:>8,.0f} pictures/s")
-    for name in ("ratio_decode_limit", "ratio_webdataset", "ratio_webdataset_simplejpeg"):
+    for name in ("ratio_decode_limit", "ratio_shared_limit", "ratio_webdataset", "ratio_webdataset_simplejpeg"):
         click.echo(f"  {name:<26}{result[name]:>8.2f}")
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -21,9 +21,9 @@ def test_figures_are_printed_and_written_and_the_ratios_are_theirs(tmp_path: Pat
     result = json.loads((tmp_path / "f.json").read_text())
     rates = result["samples_per_second"]
     assert result["side"] == 240
-    assert sorted(rates) == ["decode_limit", "ours", "webdataset_pillow", "webdataset_simplejpeg"]
+    assert sorted(rates) == ["decode_limit", "ours", "shared_limit", "webdataset_pillow", "webdataset_simplejpeg"]
     assert min(rates.values()) > 0 and 20 < result["kilobytes_per_picture"] < 40
-    for ratio, peer in (("decode_limit",) * 2, ("webdataset", "webdataset_pillow")):
+    for ratio, peer in (("decode_limit",) * 2, ("shared_limit",) * 2, ("webdataset", "webdataset_pillow")):
         assert result[f"ratio_{ratio}"] == pytest.approx(rates["ours"] / rates[peer])
         assert f"ratio_{ratio}" in done.stdout
 

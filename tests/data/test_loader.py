@@ -265,6 +265,24 @@ def test_workers_do_without_torch_and_share_what_they_import(shards: DataSet, to
             assert process.memory_full_info().uss < 32e6
 
 
+def test_a_worker_keeps_the_memory_that_scaling_a_picture_takes(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    shards = make_set(tmp_path, [12], {number: jpeg(number, 500) for number in range(12)})
+    data = DataConfig(sequence_length=440, images_per_sequence=2, workers=1, shuffle_shards=1)
+    vision = VisionConfig(image_size=224, patch_size=16)
+    rank = {"seed": 0, "global_batch": 4, "micro_batch": 4, "dp_rank": 0, "dp_size": 1}
+    with StepLoader(data, vision=vision, tokenizer=tokenizer, dataset=shards, **rank) as one:
+        for _ in range(10):  # by then all buffers have been written
+            next(one)
+        before = page_faults(*workers_of(one))
+        pictures = sum(len(next(one).samples) for _ in range(20))
+        assert page_faults(*workers_of(one)) - before < 10 * pictures  # 250 KB of pixels are 61 pages
+
+
+def page_faults(process: int) -> int:
+    """That needed no disk, of a process so far; see proc_pid_stat(5)."""
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[7])
+
+
 def test_a_micro_batch_of_several_workers_is_not_copied(shards: DataSet, tokenizer: Tokenizer) -> None:
     with loader(shards, tokenizer, 0, 1, 8, 3) as one:
         steps = [next(one) for _ in range(12)]  # all kept: copies would each have a place of their own
