@@ -170,7 +170,7 @@ def bench() -> None:
 
 @bench.command(name="data", short_help="The loader beside webdataset.")
 @click.option("--folder", type=PATH, default=Path("data/bench"), show_default=True, help="Where its shards are made.")
-@click.option("--samples", type=click.IntRange(min=2000), default=8000, show_default=True, help="Pictures to read.")
+@click.option("--samples", type=click.IntRange(min=600), default=8000, show_default=True, help="Pictures to read.")
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Of each reader, after a first one."
 )

@@ -64,7 +64,8 @@ def bench_data(folder: Path, samples: int = 8000, rounds: int = 3, side: int = S
         ``ratio_webdataset_simplejpeg`` (with our decoder), ``ratio_decode_limit`` (ours over decoding alone),
         ``ratio_shared_limit`` (ours over reading and decoding into shared memory), and ``kilobytes_per_picture``.
     """
-    shards = write_shards(folder / f"shards-{side}", samples, side=side)
+    per_shard = min(1000, -(-samples // PROCESSES))
+    shards = write_shards(folder / f"shards-{side}x{per_shard}", samples, per_shard, side)
     model = folder / "tokenizer.model"
     if not model.exists():
         train_tokenizer([caption(i) for i in range(3000)], folder / "tokenizer", 400)
