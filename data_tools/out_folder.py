@@ -56,7 +56,7 @@ def open_source(spec: str) -> Source:
             state = shard.stat()
         except OSError as error:
             raise DataError(f"shard {shard}: cannot be read ({error.strerror}); check the path and its rights") from error
-        digest.update(f"{os.path.realpath(shard)}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(f"{os.path.realpath(shard)}\0{state.st_size}\0{state.st_mtime_ns}\n"))
     return Source(shards, shard_labels([str(shard) for shard in shards]), digest.hexdigest())
 
 

@@ -223,7 +223,7 @@ def _add(stats: Stats, job: Job, file: BinaryIO, key: str, members: dict[str, Me
     stats.drop_rare_words()
     if job.sample:
         name = f"{job.label}#{key}"
-        draw = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
+        draw = int.from_bytes(blake2b(os.fsencode(name), digest_size=8).digest(), "big")
         stats.shown.append(Shown(draw, name, caption[:500], job.shard, members[image]))
         if len(stats.shown) > 100 * _SPARE * job.sample:
             stats.shown = nsmallest(_SPARE * job.sample, stats.shown)

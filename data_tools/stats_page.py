@@ -76,7 +76,7 @@ def write_stats(stats: Stats, out: Path, name: str, sample: int) -> list[Path]:
         DataError: ``out`` cannot be written.
     """
     with atomic_file(out / "stats.json") as file:
-        file.write(json.dumps(stats.as_json(), indent=1, ensure_ascii=False).encode() + b"\n")
+        file.write(json.dumps(stats.as_json(), indent=1, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
     with atomic_file(out / "stats.html") as file:
         file.write(render(stats, name, sample).encode("utf-8", "replace"))
     return [out / "stats.json", out / "stats.html"]

@@ -39,7 +39,7 @@ class Terminal:
         """Write a line of the launcher's own to stderr, below an unfinished line of rank 0."""
         with self._lock:
             start = "\n" if self._line_open else ""
-            self._write(f"{start}megamoe: {text}\n".encode(), sys.stderr)
+            self._write(f"{start}megamoe: {text}\n".encode(errors="backslashreplace"), sys.stderr)
             self._line_open = False
 
     @staticmethod

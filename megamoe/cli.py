@@ -268,7 +268,7 @@ def _log_traceback() -> None:
     if path is None:
         traceback.print_exc()
         return
-    with open(path, "a", encoding="utf-8") as log:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as log:
         traceback.print_exc(file=log)
 
 

@@ -23,7 +23,9 @@ def megamoe(*arguments: str, folder: Path, check: bool = True, timeout: float = 
     """Run the ``megamoe`` command in ``folder``; a non-zero status fails the test and shows what it printed."""
     command = [sys.executable, "-m", "megamoe", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, errors="backslashreplace", timeout=timeout
+    )
     if check:
         assert done.returncode == 0, f"{' '.join(arguments)}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import resource
 from collections import OrderedDict
@@ -297,7 +298,10 @@ def data_fingerprint(data: DataSet) -> str:
     sized = 0 < local <= _SIZED
     for source in data.sources:
         digest.update(f"{source.weight if len(data.sources) > 1 else 1.0}\n".encode())
-        for shard in source.shards:
-            size = os.stat(shard).st_size if sized and not is_remote(shard) else ""
-            digest.update(f"{unsigned(shard).rpartition('/')[2]}\0{size}\n".encode())
+        lines = (
+            f"{unsigned(shard).rpartition('/')[2]}\0{os.stat(shard).st_size if sized and not is_remote(shard) else ''}\n"
+            for shard in source.shards
+        )
+        while some := "".join(itertools.islice(lines, 1024)):
+            digest.update(os.fsencode(some))
     return digest.hexdigest()[:16]

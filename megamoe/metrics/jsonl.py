@@ -16,9 +16,11 @@ def to_line(record: Mapping[str, object]) -> bytes:
     """``record`` as one line of strict JSON.
 
     Tensors and arrays become numbers and lists. NaN and infinities become ``null``: JSON has no word for them, and a
-    column of numbers and nulls stays a column of numbers in every reader.
+    column of numbers and nulls stays a column of numbers in every reader. A file name that is not UTF-8 comes back as
+    Python has it, by JSON's own escapes.
     """
-    return json.dumps(_plain(record), allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    text = json.dumps(_plain(record), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    return text.encode(errors="backslashreplace") + b"\n"
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -84,10 +83,10 @@ class RunRecords:
         if not batch.lost:
             return
         self._lost.parent.mkdir(parents=True, exist_ok=True)
-        with self._lost.open("a", encoding="utf-8") as file:
+        with self._lost.open("ab") as file:
             for sample in batch.lost:
                 line = {"step": step, "slot": sample.slot, "id": sample.id, "reason": sample.reason}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(jsonl.to_line(line))
 
     def write_skipped(self, step: int, batch: StepBatch, what: str) -> None:
         """Name the samples of this rank's batch that no update came of; ``what``: why."""
@@ -100,10 +99,10 @@ class RunRecords:
             return
         path = self._lost.with_name("shards.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("ab") as file:
             for name, shard in shards.items():
                 line = {"step": step, "shard": name, **shard._asdict()}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(jsonl.to_line(line))
                 print(f"megamoe: step {step}: going on without a shard: {shard.reason}", file=sys.stderr, flush=True)
 
 
