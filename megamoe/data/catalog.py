@@ -21,7 +21,7 @@ from megamoe.data.decode import CorruptSample
 from megamoe.data.index import SampleEntry, ShardIndex, learn_index, read_index
 from megamoe.data.remote import ShardUnavailable
 from megamoe.data.shards import is_remote, repeated_labels, shard_label
-from megamoe.data.split import held_out, key_hash
+from megamoe.data.split import held_out, key_hashes
 from megamoe.data.storage import MOST_FILES, Storage
 from megamoe.data.urls import unsigned
 from megamoe.errors import DataError
@@ -277,13 +277,9 @@ def _known(index: ShardIndex, share: float) -> _Known:
     left_out = [*index.incomplete, *((key, "its key comes twice") for key in index.duplicates)]
     if not share:
         return _Known(index, None, left_out)
-    kept = np.flatnonzero(~_held_out([index.key(i) for i in range(index.samples)], share))
-    others = ~_held_out([key for key, _ in left_out], share)
+    kept = np.flatnonzero(~held_out(index.hashes, share))
+    others = ~held_out(key_hashes(key for key, _ in left_out), share)
     return _Known(index, kept, [each for each, is_ours in zip(left_out, others, strict=True) if is_ours])
-
-
-def _held_out(keys: Sequence[str], share: float) -> npt.NDArray[np.bool_]:
-    return held_out(np.array([key_hash(key) for key in keys], dtype=np.uint64), share)
 
 
 def data_fingerprint(data: DataSet) -> str:

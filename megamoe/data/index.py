@@ -22,6 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -31,15 +32,17 @@ from filelock import FileLock
 
 from megamoe.data.files import atomic_file
 from megamoe.data.shards import is_remote
+from megamoe.data.split import key_hashes
 from megamoe.data.tar import Member, open_for_walk, walk
 from megamoe.data.urls import masked, unsigned
 from megamoe.errors import DataError
 
-FORMAT = 3
+FORMAT = 4
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 TEXT_EXTENSIONS = ("txt", "json")
 _EXTENSIONS = IMAGE_EXTENSIONS + TEXT_EXTENSIONS  # an extension is stored as its place in here
 _NAME = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$", re.DOTALL)  # key and extension, as webdataset splits them
+_NPY_MAGIC = b"\x93NUMPY\x01\x00"
 _NPY_HEAD = 4096  # bytes in which an array's own header fits: NumPy writes 128 for such arrays
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's names for what is no sample
 
@@ -107,13 +110,16 @@ class ShardIndex:
 
     ``table`` is int64 (samples, 8): extent and number of the extension of the picture, the same of the caption.
     ``others`` is int64 (n, 4): extent and number in ``extensions`` of the members that are neither; those of sample i end
-    at ``other_ends[i]``.
+    at ``other_ends[i]``. ``hashes`` is uint64 (samples,), :func:`megamoe.data.split.key_hash` of the keys. Each worker of a
+    run opens each shard, and in a large run has few samples of it: to go through all keys for what is held out would take
+    longer than to decode those.
     """
 
     header: IndexHeader
     table: npt.NDArray[np.int64]
     keys: npt.NDArray[np.uint8]
     key_ends: npt.NDArray[np.int64]
+    hashes: npt.NDArray[np.uint64]
     others: npt.NDArray[np.int64]
     other_ends: npt.NDArray[np.int64]
     extensions: list[str]
@@ -151,7 +157,7 @@ def build_index(shard: str | Path, state: ShardState | None = None) -> ShardInde
         DataError: it cannot be opened, is no whole tar, holds no complete sample, or changes while it is read.
     """
     rows: list[tuple[int, ...]] = []
-    keys: list[bytes] = []
+    keys: list[str] = []
     others: list[tuple[int, ...]] = []
     other_ends: list[int] = []
     extensions: dict[str, int] = {}
@@ -175,7 +181,7 @@ def build_index(shard: str | Path, state: ShardState | None = None) -> ShardInde
                 incomplete.append((key, f"no {' and no '.join(missing)}"))
                 continue
             rows.append((*members[image][1:], _EXTENSIONS.index(image), *members[text][1:], _EXTENSIONS.index(text)))
-            keys.append(key.encode("utf-8"))
+            keys.append(key)
             for ext, member in members.items():
                 if ext not in (image, text):
                     others.append((*member[1:], extensions.setdefault(ext, len(extensions))))
@@ -191,11 +197,13 @@ def build_index(shard: str | Path, state: ShardState | None = None) -> ShardInde
     header = IndexHeader(
         FORMAT, Path(shard).name, before.st_size, mtime_ns, identity, len(rows), len(incomplete), len(duplicates)
     )
+    encoded = [key.encode("utf-8") for key in keys]
     return ShardIndex(
         header,
         np.asarray(rows, dtype=np.int64),
-        np.frombuffer(b"".join(keys), dtype=np.uint8),
-        np.cumsum([len(key) for key in keys], dtype=np.int64),
+        np.frombuffer(b"".join(encoded), dtype=np.uint8),
+        np.cumsum([len(key) for key in encoded], dtype=np.int64),
+        key_hashes(keys),
         np.asarray(others, dtype=np.int64).reshape(-1, 4),
         np.asarray(other_ends, dtype=np.int64),
         list(extensions),
@@ -215,6 +223,7 @@ def write_index(index: ShardIndex, path: Path) -> None:
             table=index.table,
             keys=index.keys,
             key_ends=index.key_ends,
+            hashes=index.hashes,
             others=index.others,
             other_ends=index.other_ends,
             names=_json_array(names),
@@ -274,6 +283,7 @@ def read_index(shard: str | Path, index_dir: Path | None) -> ShardIndex:
             arrays["table"],
             arrays["keys"],
             arrays["key_ends"],
+            arrays["hashes"],
             arrays["others"],
             arrays["other_ends"],
             names["extensions"],
@@ -284,7 +294,8 @@ def read_index(shard: str | Path, index_dir: Path | None) -> ShardIndex:
         raise DataError(f"shard {masked(str(shard))}: has no index; {_remedy(shard)}") from error
     except (OSError, ValueError, KeyError, TypeError, EOFError, struct.error, zipfile.BadZipFile) as error:
         raise DataError(damaged) from error
-    if index.table.shape != (index.samples, 8) or {len(index.key_ends), len(index.other_ends)} != {index.samples}:
+    lengths = {len(each) for each in (index.key_ends, index.hashes, index.other_ends)}
+    if index.table.shape != (index.samples, 8) or lengths != {index.samples}:
         raise DataError(damaged)
     return index
 
@@ -304,15 +315,27 @@ def _mapped(path: Path) -> dict[str, npt.NDArray[Any]]:
             content = whole[start : start + member.file_size]
             if member.compress_type != zipfile.ZIP_STORED or zlib.crc32(content) != member.CRC:
                 raise ValueError("wrong CRC")
-            head = io.BytesIO(content[:_NPY_HEAD])
-            if np.lib.format.read_magic(head) != (1, 0):
-                raise ValueError("another version of the format")
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(head)
-            if fortran or dtype.hasobject:
-                raise ValueError("not plain rows of numbers")
-            array: npt.NDArray[Any] = np.ndarray(shape, dtype, content, head.tell())
+            shape, dtype, first = _array_head(bytes(content[:_NPY_HEAD]))
+            array: npt.NDArray[Any] = np.ndarray(shape, dtype, content, first)
             arrays[member.filename.removesuffix(".npy")] = array
     return arrays
+
+
+def _array_head(content: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Shape and type of the array in ``content``, of which this is the beginning, and where its numbers begin."""
+    length = len(_NPY_MAGIC) + 2 + int.from_bytes(content[len(_NPY_MAGIC) : len(_NPY_MAGIC) + 2], "little")
+    return *_parsed(content[:length]), length
+
+
+@lru_cache(1024)  # NumPy takes 30 us for one, and shards of a set are of equal size
+def _parsed(head: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    file = io.BytesIO(head)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("another version of the format")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if fortran or dtype.hasobject:
+        raise ValueError("not plain rows of numbers")
+    return shape, dtype
 
 
 def learn_index(shard: str | Path, index_dir: Path | None, state: ShardState | None = None) -> ShardIndex:

@@ -18,7 +18,7 @@ from megamoe.data.decode import CorruptSample, decode_caption, decode_image
 from megamoe.data.index import SampleEntry, build_index, index_path, load_index
 from megamoe.data.remote import ShardUnavailable
 from megamoe.data.shards import expand_shards, is_remote, shard_labels
-from megamoe.data.split import held_out, key_hash
+from megamoe.data.split import held_out, key_hashes
 from megamoe.data.storage import Storage
 from megamoe.errors import DataError
 
@@ -116,17 +116,13 @@ def _entries(
     state = storage.state(shard)
     known = (index_dir is not None or not is_remote(shard)) and index_path(shard, index_dir).exists()
     index = load_index(shard, index_dir, state) if known else build_index(shard, state)
-    for key, why in [*index.incomplete, *((key, "key comes twice") for key in index.duplicates)]:
-        if _is_read(key, share):
-            lose(f"{label}#{key}", why)
-    for i in range(index.samples):
-        entry = index.sample(i)
-        if _is_read(entry.key, share):
-            yield f"{label}#{entry.key}", entry
-
-
-def _is_read(key: str, share: float) -> bool:
-    return share == 1.0 or bool(held_out(np.array([key_hash(key)], dtype=np.uint64), share)[0])
+    left_out = [*index.incomplete, *((key, "key comes twice") for key in index.duplicates)]
+    for number in np.flatnonzero(held_out(key_hashes(key for key, _ in left_out), share)).tolist():
+        key, why = left_out[number]
+        lose(f"{label}#{key}", why)
+    for number in np.flatnonzero(held_out(index.hashes, share)).tolist():
+        entry = index.sample(number)
+        yield f"{label}#{entry.key}", entry
 
 
 def _log(name: str, reason: str) -> None:

@@ -8,7 +8,7 @@ integers (``floor(sum of shares * 2^64)``), so no rounding decides where a sampl
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from itertools import accumulate
 
@@ -21,6 +21,11 @@ _SPAN = 1 << 64
 def key_hash(key: str) -> int:
     """The hash of ``key``, 0 to 2^64 - 1."""
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8"), digest_size=8).digest(), "big")
+
+
+def key_hashes(keys: Iterable[str]) -> npt.NDArray[np.uint64]:
+    """:func:`key_hash` of each key."""
+    return np.fromiter(map(key_hash, keys), dtype=np.uint64)
 
 
 def bounds(shares: Sequence[Fraction]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tarfile
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megamoe.data.catalog import Catalog, DataSet, Source, data_fingerprint
-from megamoe.data.index import build_index, index_path, learn_index, load_index, write_index
+from megamoe.data.index import ShardIndex, build_index, index_path, learn_index, load_index, write_index
 from megamoe.data.storage import Storage
 from megamoe.errors import DataError
 from tests.data.shard_factory import make_set, sample, write_tar
@@ -54,6 +55,15 @@ def test_keys_and_extensions_are_split_as_webdataset_does(tmp_path: Path) -> Non
     assert [index.sample(i)[0] for i in range(2)] == ["./a/b.c/x", "./a/b.c/y"]
     assert [index.sample(i).image_ext for i in range(2)] == ["jpeg", "png"]
     assert index.samples == 2 and not index.incomplete and not index.duplicates
+
+
+def test_what_is_held_out_is_known_without_looking_at_each_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = write_tar(tmp_path / "a.tar", [member for n in range(200) for member in sample(n)])
+    learn_index(shard, None)
+    monkeypatch.setattr(ShardIndex, "key", None)
+    data = DataSet([Source("0", [str(shard)])], held_out=0.25)
+    hashes = [hashlib.blake2b(f"{n:05d}".encode(), digest_size=8).digest() for n in range(200)]
+    assert Catalog(data, Storage()).count(0, 0) == sum(each < b"\xc0" for each in hashes) < 200
 
 
 def test_json_serves_as_caption_where_there_is_no_txt(tmp_path: Path) -> None:
