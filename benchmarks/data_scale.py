@@ -1,11 +1,12 @@
 """What the order of samples costs at the size of LAION-2B: time, memory and saved state; no shard has to exist.
 
-    python benchmarks/data_scale.py [--shards 217000] [--samples 10000] [--global-batch 4096] [--nodes 1 8] [--json FILE]
+    python benchmarks/data_scale.py [--shards 217000] [--samples 10000] [--global-batch 4096] [--nodes 1 8] [--sources 1 3]
 
-The shards are named by one brace range of s3:// names, which nobody looks at before they are read. What a shard's index
-would say is simulated: each has ``--samples`` samples, or, in a second pass, between half and one and a half times as
-many. For each number of nodes one rank is measured, in a process of its own that starts the loader's own worker
-processes; in place of decoding, these find where the samples of their lanes lie.
+The shards are named by a brace range of s3:// names for each source, which nobody looks at before they are read; the
+sources' shards have the same file names, as those of several sets have. What a shard's index would say is simulated: each
+has ``--samples`` samples, or, in a second pass, between half and one and a half times as many. For each number of nodes one
+rank is measured, in a process of its own that starts the loader's own worker processes; in place of decoding, these find
+where the samples of their lanes lie.
 
 A run is started from nothing and resumed at 1%, 50% and 99% of the third epoch. By then the lanes have drifted apart:
 sequence after sequence each takes ``--per-sequence`` samples, with a standard deviation of ``--deviation``, so after t
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import itertools
 import json
 import math
 import multiprocessing
@@ -43,7 +45,7 @@ from benchmarks.located import INDEX, Case, LocateWork
 from megamoe.config.schema import DataConfig, VisionConfig
 from megamoe.data.catalog import data_fingerprint
 from megamoe.data.loader import StepLoader
-from megamoe.data.order import _SHARDS, Anchor, _keys, shuffled
+from megamoe.data.order import _SHARDS, Anchor, _keys, _Mixture, shuffled
 from megamoe.data.processes import WorkerProcesses
 from megamoe.data.sources import open_data_set
 from megamoe.data.state import DataState
@@ -59,11 +61,11 @@ def main() -> None:
     """Measure all cases and print the tables."""
     arguments = _arguments()
     figures: list[dict[str, Any]] = []
-    for nodes in arguments.nodes:
-        for varying in (False, True):
-            case = Case(varying=varying, nodes=nodes, **{name: getattr(arguments, name) for name in OPTIONS})
-            for place in PLACES:
-                figures.append(_median([_measure(case, place) for _ in range(arguments.rounds)]))
+    options = {name: getattr(arguments, name) for name in OPTIONS}
+    for nodes, sources, varying in itertools.product(arguments.nodes, arguments.sources, (False, True)):
+        case = Case(varying=varying, nodes=nodes, sources=sources, **options)
+        for place in PLACES:
+            figures.append(_median([_measure(case, place) for _ in range(arguments.rounds)]))
     print(
         f"{arguments.shards:,} shards of about {arguments.samples:,} samples, global batch {arguments.global_batch}, "
         f"windows of {arguments.shuffle_shards} shards, {arguments.ranks} ranks x {arguments.workers} workers per node; "
@@ -82,6 +84,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=10_000, help="per shard")
     parser.add_argument("--global-batch", type=int, default=4096)
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--sources", type=int, nargs="+", default=[1, 3], help="that the shards are divided into")
     parser.add_argument("--ranks", type=int, default=8, help="per node")
     parser.add_argument("--workers", type=int, default=4, help="per rank")
     parser.add_argument("--shuffle-shards", type=int, default=8)
@@ -96,11 +99,12 @@ def _arguments() -> argparse.Namespace:
 def _measure(case: Case, place: float | None) -> dict[str, Any]:
     state = None if place is None else _alone(_drifted, case, place)
     full = _alone(_rank, case, state)
-    few = _few_shards(replace(case, shards=FEW, varying=False))
+    few = _few_shards(replace(case, shards=FEW * case.sources, varying=False))
     parts = ("rank", "server", "workers")
     growth = {f"{part}_growth_mb": full[f"{part}_mb"] - few[f"{part}_mb"] for part in parts}
     return {
         "nodes": case.nodes,
+        "sources": case.sources,
         "varying": case.varying,
         "place": place,
         **full,
@@ -123,7 +127,7 @@ def _rank(case: Case, state: str | None) -> dict[str, float]:
     me = psutil.Process()
     before = me.memory_full_info().pss
     started, cpu = time.perf_counter(), time.process_time()
-    settings = DataConfig(train=case.spec, workers=case.workers, shuffle_shards=case.shuffle_shards)  # type: ignore[arg-type]
+    settings = DataConfig(train=case.train, workers=case.workers, shuffle_shards=case.shuffle_shards)  # type: ignore[arg-type]
     data = open_data_set(settings, INDEX)
     named = time.perf_counter()
     data_fingerprint(data)
@@ -162,22 +166,28 @@ def _rank(case: Case, state: str | None) -> dict[str, float]:
 
 
 def _drifted(case: Case, place: float) -> str:
-    """The saved state of a run that is ``place`` of the third epoch in, on average over its lanes."""
-    counts = np.array([case.count(0, shard) for shard in range(case.shards)])
-    total = int(counts.sum())
+    """The saved state of a run that is ``place`` of the third epoch in, on average over its lanes and sources."""
+    total = sum(case.count(0, shard) for shard in range(case.shards // case.sources)) * case.sources
     mean = (2 + place) * total / case.global_batch
     walk = np.random.default_rng(7).normal(0, case.deviation * math.sqrt(mean / case.per_sequence), case.global_batch)
     cursors = np.maximum(0, np.rint(mean + walk)).astype(int)
     least = int((cursors * case.global_batch + np.arange(case.global_batch)).min())
+    mixture = _Mixture([source["weight"] for source in case.train], case.seed)
+    anchors = tuple(_anchor(case, number, mixture.before(least, number)) for number in range(case.sources))
+    return json.dumps(DataState(dict(enumerate(cursors.tolist())), anchors, {}).to_json())
+
+
+def _anchor(case: Case, source: int, least: int) -> Anchor:
+    """That of the window that holds position ``least`` of a source."""
     # the order itself would go through every window from the beginning, as a run does, which takes minutes here
-    epoch = least // total
-    keys = _keys(case.seed, _SHARDS, 0, epoch, 0)
-    order = [shuffled(place, case.shards, keys) for place in range(case.shards)]
+    shards = case.shards // case.sources
+    counts = np.array([case.count(source, shard) for shard in range(shards)])
+    epoch, within = divmod(least, int(counts.sum()))
+    keys = _keys(case.seed, _SHARDS, source, epoch, 0)
+    order = [shuffled(place, shards, keys) for place in range(shards)]
     starts = np.concatenate([[0], np.cumsum(counts[order])])[:: case.shuffle_shards]
-    window = int(np.searchsorted(starts, least - epoch * total, side="right")) - 1
-    per_epoch = -(-case.shards // case.shuffle_shards)
-    anchor = Anchor(epoch * per_epoch + window, epoch * total + int(starts[window]))
-    return json.dumps(DataState(dict(enumerate(cursors.tolist())), (anchor,), {}).to_json())
+    window = int(np.searchsorted(starts, within, side="right")) - 1
+    return Anchor(epoch * -(-shards // case.shuffle_shards) + window, least - within + int(starts[window]))
 
 
 def _alone(function: Any, *arguments: Any) -> Any:
@@ -196,16 +206,16 @@ def _median(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 def _name(case: dict[str, Any]) -> str:
     counts = "varying" if case["varying"] else "equal"
     when = "start" if case["place"] is None else f"resume at {case['place']:.0%}"
-    return f"{case['nodes']} | {counts} | {when}"
+    return f"{case['nodes']} | {case['sources']} | {counts} | {when}"
 
 
 def _print_times(cases: list[dict[str, Any]]) -> None:
     print("Time to the first sample of every lane (s), and per sample from then on (µs):\n")
     print(
-        "| nodes | counts | when | names | fingerprint | loader and state | processes and first samples "
+        "| nodes | sources | counts | when | names | fingerprint | loader and state | processes and first samples "
         "| of it: finding them | all | CPU of rank and workers | per sample | windows between first and last lane |"
     )
-    print("|" + " --- |" * 12)
+    print("|" + " --- |" * 13)
     for case in cases:
         names = ("names", "fingerprint", "loader", "processes", "first", "seconds", "cpu")
         cells = [f"{case[name]:.2f}" for name in names]
@@ -214,8 +224,10 @@ def _print_times(cases: list[dict[str, Any]]) -> None:
 
 def _print_memory(cases: list[dict[str, Any]]) -> None:
     print("\nMemory of a rank and its processes (MB): in brackets, what of it grows with the data set. Node: all ranks.\n")
-    print("| nodes | counts | when | rank | server of the workers | workers | node grows by | node in all | state (KB) |")
-    print("|" + " --- |" * 9)
+    print(
+        "| nodes | sources | counts | when | rank | server of the workers | workers | node grows by | in all | state (KB) |"
+    )
+    print("|" + " --- |" * 10)
     for case in cases:
         parts = [f"{case[f'{name}_mb']:.1f} ({case[f'{name}_growth_mb']:.1f})" for name in ("rank", "server", "workers")]
         cells = [*parts, *(f"{case[name]:.1f}" for name in ("node_mb", "node_total_mb", "state_kb"))]

@@ -30,12 +30,17 @@ class Case:
     per_sequence: float
     deviation: float
     steps: int
+    sources: int = 1
     seed: int = 1
 
     @property
-    def spec(self) -> str:
-        """The shards, as a user names them."""
-        return f"s3://laion2b-en/shards/{{{0:06d}..{self.shards - 1:06d}}}.tar"
+    def train(self) -> list[dict[str, Any]]:
+        """The shards, as a user names them: in equal parts, one per source, of weights 1, 2, 3, ..."""
+        last = self.shards // self.sources - 1
+        return [
+            {"shards": f"s3://laion2b-en/part-{number}/{{000000..{last:06d}}}.tar", "weight": number + 1}
+            for number in range(self.sources)
+        ]
 
     def count(self, source: int, shard: int) -> int:
         """Samples of a shard: what its index would say."""
@@ -71,14 +76,16 @@ class LocateWork:
         )
         lanes = list(cursors)[len(cursors) * worker // workers : len(cursors) * (worker + 1) // workers]
         for lane in lanes:
-            catalog.label(0, order.locate(lane, cursors[lane]).shard)
+            sample = order.locate(lane, cursors[lane])
+            catalog.label(sample.source, sample.shard)
         yield {"first": time.perf_counter() - started}
         started = time.perf_counter()
         taken = round(case.per_sequence)
         for step in range(case.steps):
             for lane in lanes:
                 for k in range(taken):
-                    catalog.label(0, order.locate(lane, cursors[lane] + step * taken + k).shard)
+                    sample = order.locate(lane, cursors[lane] + step * taken + k)
+                    catalog.label(sample.source, sample.shard)
         seconds = time.perf_counter() - started
         positions = [cursors[lane] * case.global_batch for lane in lanes]
         spread = (max(positions) - min(positions)) / (case.samples * case.shuffle_shards)

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from data_tools.account import Account
 from data_tools.jobs import map_jobs
 from megamoe.data.files import atomic_file
-from megamoe.data.shards import local_shards, shard_labels
+from megamoe.data.labels import shard_labels
+from megamoe.data.shards import local_shards
 from megamoe.errors import DataError
 
 

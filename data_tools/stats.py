@@ -28,7 +28,7 @@ from data_tools.jobs import map_jobs
 from data_tools.sketch import Sketch
 from megamoe.data.decode import CorruptSample, decode_caption
 from megamoe.data.index import IMAGE_EXTENSIONS, groups
-from megamoe.data.shards import shard_labels
+from megamoe.data.labels import shard_labels
 from megamoe.data.tar import Member, open_for_walk, walk
 from megamoe.data.tokenizer import Tokenizer
 from megamoe.errors import DataError

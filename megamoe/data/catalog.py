@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import os
@@ -9,7 +10,7 @@ import resource
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +20,9 @@ import numpy.typing as npt
 from megamoe.data.cache import CacheUnusable, ShardCache
 from megamoe.data.decode import CorruptSample
 from megamoe.data.index import SampleEntry, ShardIndex, learn_index, read_index
+from megamoe.data.labels import ShardLabels
 from megamoe.data.remote import ShardUnavailable
-from megamoe.data.shards import is_remote, repeated_labels, shard_label
+from megamoe.data.shards import is_remote
 from megamoe.data.split import held_out, key_hashes
 from megamoe.data.storage import MOST_FILES, Storage
 from megamoe.data.urls import unsigned
@@ -92,20 +94,26 @@ class DataSet:
     index_dir: Path | None = None
     held_out: float = 0.0
     quarantine: Quarantine = field(default_factory=dict)
-    repeated: Mapping[str, str] = field(init=False, repr=False)  # labels of shards whose file names are not unique
+    labels: ShardLabels = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "repeated", repeated_labels(*(source.shards for source in self.sources)))
+        object.__setattr__(self, "labels", ShardLabels(*(source.shards for source in self.sources)))
 
     def label(self, source: int, shard: int) -> str:
-        """A shard's name in sample ids: see :func:`megamoe.data.shards.shard_labels`."""
-        return shard_label(self.sources[source].shards[shard], self.repeated)
+        """A shard's name in sample ids: see :class:`megamoe.data.labels.ShardLabels`."""
+        return self.labels(self.sources[source].shards[shard])
+
+    def with_quarantine(self, quarantine: Quarantine) -> DataSet:
+        """The same with other shards in quarantine. Labels are not worked out anew, which takes half a second for many."""
+        other = copy.copy(self)
+        object.__setattr__(other, "quarantine", quarantine)
+        return other
 
     def find(self, label: str) -> tuple[int, int]:
         """Source and number of the shard of this name in sample ids."""
         for source, each in enumerate(self.sources):
             for number, shard in enumerate(each.shards):
-                if shard_label(shard, self.repeated) == label:
+                if self.labels(shard) == label:
                     return source, number
         raise KeyError(label)
 
@@ -141,7 +149,7 @@ class Catalog:
         self._limit = self._storage.limit = max(1, min(max(shards, _KEPT), files // 4))  # two each, half for others
 
     def label(self, source: int, shard: int) -> str:
-        """The shard's name in sample ids: see :func:`megamoe.data.shards.shard_labels`."""
+        """The shard's name in sample ids: see :class:`megamoe.data.labels.ShardLabels`."""
         return self._place(source, shard)[1]
 
     def count(self, source: int, shard: int) -> int:
@@ -217,7 +225,7 @@ class Catalog:
             if len(self._places) >= _PLACES:
                 self._places.clear()
             name = self._data.sources[source].shards[shard]
-            place = self._places[source, shard] = (name, shard_label(name, self._data.repeated))
+            place = self._places[source, shard] = (name, self._data.labels(name))
         return place
 
     def _index(self, shard: str) -> _Known:
@@ -243,7 +251,7 @@ class Catalog:
     def _bad(self, shard: str, error: DataError) -> BadShard:
         if not isinstance(error, ShardUnavailable):
             self._storage.forget(shard)  # a page of HTML in place of a tar must not stay in the cache
-        label = shard_label(shard, self._data.repeated)
+        label = self._data.labels(shard)
         return BadShard(str(error), label, self._loaded[shard].samples if shard in self._loaded else -1)
 
 
@@ -260,7 +268,7 @@ def learnt_count(data: DataSet, shard: str, cache: ShardCache | None, fetch: boo
     Without an index the shard itself is asked for if ``fetch`` is set. -1 if that does not help.
     """
     with closing(Storage(cache)) as storage:
-        catalog = Catalog(replace(data, quarantine={}), storage)
+        catalog = Catalog(data.with_quarantine({}), storage)
         source, number = data.find(shard)
         try:
             return _known(read_index(data.sources[source].shards[number], data.index_dir), data.held_out).samples

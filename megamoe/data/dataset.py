@@ -131,7 +131,7 @@ class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
             progress = self._progress = progress.next_pass()
         progress.taken, progress.lost = progress.whole, Counter(progress.lost_before)
         storage = Storage(self._cache)
-        data = replace(self._data, quarantine=progress.quarantine)  # the same dict: a shard set aside is so at once
+        data = self._data.with_quarantine(progress.quarantine)  # the same dict: a shard set aside is so at once
         catalog = Catalog(data, storage)
         order = self._running = SampleOrder(
             [len(source.shards) for source in data.sources],

@@ -125,7 +125,7 @@ class StepLoader(Iterator[StepBatch]):
     def __next__(self) -> StepBatch:
         start = time.perf_counter()
         if self._running is None:
-            stream = self._make_stream(self._state, data=replace(self._dataset, quarantine=self._state.quarantine))
+            stream = self._make_stream(self._state, data=self._dataset.with_quarantine(self._state.quarantine))
             self._running = _InWorkers(stream, self._workers, self._prefetch) if self._workers else _InProcess(stream)
         try:
             parts = self._running.next_step()

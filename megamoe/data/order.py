@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -34,9 +35,13 @@ import numpy.typing as npt
 from megamoe.errors import DataError
 
 BLOCK = 1 << 14  # positions after which the shares of the sources are met exactly
+_PART = 128  # positions of a block that are counted one by one
+_MOST_SOURCES = 256
 _FORGOTTEN = 256  # windows that are let go of at a time
 _WORD = (1 << 64) - 1
 _SHARDS, _WINDOW, _MIXTURE = 0, 1, 2  # what a permutation is of: keeps the families of streams apart
+_HALF = 7  # bits
+_HALVES = [each.astype(np.uint16) for each in divmod(np.arange(BLOCK), 1 << _HALF)]  # of each place in a block
 _ROUNDS = 6  # even, so that the halves are back in their places
 
 Count = Callable[[int, int], int]
@@ -76,7 +81,7 @@ class SampleOrder:
     :meth:`forget_before`.
 
     Raises:
-        DataError: from :meth:`locate`: all shards of a source are empty or not read.
+        DataError: more than 256 sources; from :meth:`locate`: all shards of a source are empty or not read.
     """
 
     def __init__(
@@ -92,6 +97,8 @@ class SampleOrder:
         is_read: IsRead | None = None,
     ) -> None:
         assert len(shards) == len(weights) > 0 and min(shards) > 0 and lanes > 0 and seed >= 0
+        if len(shards) > _MOST_SOURCES:
+            raise DataError(f"data.train: {len(shards)} sources; at most {_MOST_SOURCES}, join those of equal weight")
         self.lanes = lanes
         self._mixture = _Mixture(weights, seed)
         starts = anchors or [Anchor(0, 0)] * len(shards)
@@ -136,34 +143,42 @@ class _Mixture:
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
         self._counts = _shares(weights)
+        self._listed = np.repeat(np.arange(len(weights), dtype=np.uint8), self._counts)
         self._seed = seed
-        self._blocks = _Recent(self._block, 8)
+        # lanes that have drifted apart are in hundreds of blocks at a time; one has 17 KB
+        self._blocks = _Recent(self._block, 128)
 
     def locate(self, position: int) -> tuple[int, int]:
         if len(self._counts) == 1:
             return 0, position
         block, within = divmod(position, BLOCK)
-        sources, ranks = self._blocks((block,))
-        source = int(sources[within])
-        return source, block * self._counts[source] + int(ranks[within])
+        source = self._blocks((block,)).sources[within]
+        return source, self.before(position, source)
 
     def before(self, position: int, source: int) -> int:
         """Positions of ``source`` that come before ``position``."""
         if len(self._counts) == 1:
             return position
         block, within = divmod(position, BLOCK)
-        sources, _ = self._blocks((block,))
-        return block * self._counts[source] + int(np.count_nonzero(sources[:within] == source))
+        sources, counts = self._blocks((block,))
+        part = within // _PART
+        in_block = counts[part * len(self._counts) + source] + sources.count(source, part * _PART, within)
+        return block * self._counts[source] + in_block
 
-    def _block(self, block: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Source of each position of the block, and how many of that source came before it in the block."""
-        listed = np.repeat(np.arange(len(self._counts), dtype=np.int32), self._counts)
-        keys = _keys(self._seed, _MIXTURE, 0, block, 0)
-        sources = listed[[shuffled(place, BLOCK, keys) for place in range(BLOCK)]]
-        ranks = np.empty(BLOCK, dtype=np.int32)
-        for source, count in enumerate(self._counts):
-            ranks[sources == source] = np.arange(count, dtype=np.int32)
-        return sources, ranks
+    def _block(self, block: int) -> _Block:
+        sources = self._listed.take(_shuffled_block(_keys(self._seed, _MIXTURE, 0, block, 0)))
+        number = len(self._counts)
+        places = np.arange(BLOCK // _PART).repeat(_PART) * number + sources
+        parts = np.bincount(places, minlength=BLOCK // _PART * number).reshape(-1, number)
+        counts = np.cumsum(parts, axis=0) - parts
+        return _Block(sources.tobytes(), array("H", counts.astype(np.uint16).tobytes()))
+
+
+class _Block(NamedTuple):
+    """The source of each position of a block, and how many of each source come before each part, part after part."""
+
+    sources: bytes
+    counts: array[int]
 
 
 class _SourceOrder:
@@ -268,6 +283,16 @@ def shuffled(index: int, size: int, keys: Sequence[int]) -> int:
         index = left << low | right
         if index < size:
             return index
+
+
+def _shuffled_block(keys: Sequence[int]) -> npt.NDArray[np.uint16]:
+    """:func:`shuffled` of all places of a block at once. It is as long as a power of four, so nothing has to be walked."""
+    left, right = _HALVES
+    for key in keys:
+        mixed = (np.arange(1 << _HALF, dtype=np.uint64) ^ np.uint64(key)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+        left, right = right, left ^ (mixed >> np.uint64(64 - _HALF)).astype(np.uint16).take(right)
+    return left << np.uint16(_HALF) | right
 
 
 def _keys(seed: int, family: int, source: int, major: int, minor: int) -> tuple[int, ...]:

@@ -16,8 +16,9 @@ import numpy.typing as npt
 from megamoe.data.cache import CacheUnusable, ShardCache
 from megamoe.data.decode import CorruptSample, decode_caption, decode_image
 from megamoe.data.index import SampleEntry, build_index, index_path, load_index
+from megamoe.data.labels import shard_labels
 from megamoe.data.remote import ShardUnavailable
-from megamoe.data.shards import expand_shards, is_remote, shard_labels
+from megamoe.data.shards import expand_shards, is_remote
 from megamoe.data.split import held_out, key_hashes
 from megamoe.data.storage import Storage
 from megamoe.errors import DataError

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import itertools
 import os
 import re
 from array import array
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from braceexpand import braceexpand
 
-from megamoe.data.names import name_hashes, repeated
-from megamoe.data.urls import is_plain, masked, scheme, unsigned
+from megamoe.data.names import repeated
+from megamoe.data.urls import masked, scheme, unsigned
 from megamoe.errors import DataError
 
 _JOIN = re.compile(r"::(?![^\[]*\])")  # but not the one in an IPv6 address: http://[::1]/a.tar
@@ -82,40 +80,6 @@ def local_shards(specs: Sequence[str]) -> list[Path]:
     if remote := next((shard for shard in shards if is_remote(shard)), None):
         raise DataError(f"shard {masked(remote)}: is not a local file, which this command needs; copy it first")
     return [Path(shard) for shard in shards]
-
-
-def shard_labels(shards: Sequence[str]) -> list[str]:
-    """The shards' names in sample ids (``<label>#<key>``).
-
-    That is the file name without its folder (of a command: the last file name that it mentions), so that ids survive a
-    move of the data; shards whose file names are equal are named by their whole name, so that ids stay unique. Secrets
-    in URLs never become part of an id: where whole names differ in nothing else, a hash of each is added.
-    """
-    labels = repeated_labels(shards)
-    return [shard_label(shard, labels) for shard in shards]
-
-
-def shard_label(shard: str, repeated: Mapping[str, str]) -> str:
-    """The label of one shard, given those of all shards whose file names are not unique."""
-    return repeated[shard] if shard in repeated else _file_name(shard)
-
-
-def repeated_labels(*groups: Sequence[str]) -> dict[str, str]:
-    """Shard -> label, for those shards of all groups whose file names are not unique; usually none."""
-    twice = repeated(name_hashes(_file_name(shard) for group in groups for shard in group))
-    named: dict[str, list[str]] = {}
-    for shard in (shard for group in groups for shard in group) if twice else ():
-        name = _file_name(shard)
-        if hash(name) in twice:
-            named.setdefault(name, []).append(shard)
-    whole = {shard: _shown(shard) for group in named.values() if len(group) > 1 for shard in group}
-    often = Counter(whole.values())
-    return {
-        shard: shown
-        if often[shown] == 1
-        else f"{shown}~{hashlib.sha256(unsigned(shard).encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
-        for shard, shown in whole.items()
-    }
 
 
 def is_remote(shard: str) -> bool:
@@ -245,19 +209,3 @@ class _Disk:
             except OSError as error:
                 raise DataError(f"folder {folder}: cannot be listed ({error.strerror}); check its rights") from error
         return self._listed[folder]
-
-
-def _shown(shard: str) -> str:
-    return masked(shard.partition("?")[0] if scheme(shard) in _WEB else shard)
-
-
-def _file_name(shard: str) -> str:
-    if is_plain(shard):
-        return shard.rpartition("/")[2]
-    kind = scheme(shard)
-    if kind is None:
-        return os.path.basename(shard)
-    if kind == "pipe":
-        words = [os.path.basename(word.partition("?")[0]) for word in re.split(r"[\s'\"<>|;&()=]+", shard)]
-        return next((word for word in reversed(words) if word.endswith(".tar")), masked(shard))
-    return _shown(shard).rpartition("/")[2]

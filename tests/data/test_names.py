@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ import pytest
 from megamoe.config.schema import DataConfig
 from megamoe.data.catalog import DataSet, Source, data_fingerprint
 from megamoe.data.index import index_path
+from megamoe.data.labels import ShardLabels, shard_labels
 from megamoe.data.names import ShardNames, name_hashes, repeated
-from megamoe.data.shards import expand_shards, iter_shards, repeated_labels, shard_labels
+from megamoe.data.shards import expand_shards, iter_shards
 from megamoe.data.sources import open_data_set
 from megamoe.data.urls import unsigned
 from megamoe.errors import DataError
@@ -41,9 +44,10 @@ def test_names_of_a_large_set_are_small() -> None:
 
 
 def test_names_whose_numbers_are_equal_by_chance_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megamoe.data.shards.repeated", lambda hashes: frozenset(hashes.tolist()))
+    for module in ("shards", "labels"):
+        monkeypatch.setattr(f"megamoe.data.{module}.repeated", lambda hashes: frozenset(hashes.tolist()))
     names = [f"s3://a/{n}.tar" for n in range(5)]
-    assert expand_shards(names) == names and repeated_labels(names) == {}
+    assert expand_shards(names) == names and shard_labels(names) == [f"{n}.tar" for n in range(5)]
     with pytest.raises(DataError, match=r"3\.tar: named twice"):
         expand_shards([*names, names[3]])
 
@@ -79,3 +83,19 @@ def test_other_parameters_count(query: str) -> None:
     assert unsigned(url) == url
     one, other = (data_fingerprint(DataSet([Source("0", [f"{url}{n}"])])) for n in (1, 2))
     assert one != other
+
+
+def test_labels_of_equal_file_names_are_small_and_the_same_in_every_process() -> None:
+    sets = [ShardNames(iter_shards([f"s3://{name}/{{00000..29999}}.tar"])) for name in "ab"]
+    labels = pickle.dumps(ShardLabels(*sets, ["s3://c/other.tar"]))
+    assert len(labels) < 300_000
+    program = """
+import pickle, sys
+labels = pickle.load(sys.stdin.buffer)
+print(*(labels(f"s3://{name}.tar") for name in ("a/00000", "b/29999", "c/other")))"""
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        said = subprocess.run(
+            [sys.executable, "-c", program], input=labels, env=environment, capture_output=True, check=True
+        )
+        assert said.stdout.split() == [b"s3://a/00000.tar", b"s3://b/29999.tar", b"other.tar"]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamoe.data.order import BLOCK, Anchor, SampleOrder, SampleRef, shuffled
+from megamoe.data.order import BLOCK, Anchor, SampleOrder, SampleRef, _keys, _Mixture, _shuffled_block, shuffled
 from megamoe.errors import DataError
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any)
@@ -215,3 +215,25 @@ def test_a_source_whose_samples_only_keep_their_places_is_an_error_and_no_endles
     assert len(head(order({1}), 500)) == 500
     with pytest.raises(DataError, match="no shard of source 0 has a sample to train on"):
         head(order({1, 2}), 500)
+
+
+@pytest.mark.parametrize("seed", [0, 2**70])
+def test_a_block_at_once_is_shuffled_as_place_by_place(seed: int) -> None:
+    keys = _keys(seed, 2, 0, 7, 0)
+    assert _shuffled_block(keys).tolist() == [shuffled(place, BLOCK, keys) for place in range(BLOCK)]
+
+
+def test_lanes_that_have_drifted_far_apart_do_not_compute_blocks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = []
+    block = _Mixture._block
+    monkeypatch.setattr(_Mixture, "_block", lambda self, number: computed.append(number) or block(self, number))
+    order = make([[500_000], [300_000]], lanes=64, weights=[2, 1])
+    for k in range(300):
+        for lane in range(64):
+            order.locate(lane, k + lane * 256)  # each lane is a block behind the next
+    assert sorted(computed) == list(range(65))
+
+
+def test_too_many_sources_are_refused() -> None:
+    with pytest.raises(DataError, match=r"^data.train: 257 sources; at most 256"):
+        make([[1]] * 257)

@@ -10,7 +10,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from megamoe.data.shards import expand_shards, is_remote, shard_labels
+from megamoe.data.labels import shard_labels
+from megamoe.data.shards import expand_shards, is_remote
 from megamoe.errors import DataError
 
 
