@@ -6,6 +6,7 @@ to; 130 interrupted; else a failure while running. All of them are in docs/fault
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import traceback
@@ -273,13 +274,16 @@ def _log_traceback() -> None:
 
 
 def _leave(status: int) -> NoReturn:
-    if status and _is_rank():
-        # A rank that failed must end at once: an orderly exit waits for threads that are stuck in a collective, while
-        # its peers and its launcher wait for it.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    if not _is_rank():
+        sys.exit(status)
+    # A rank that failed must end at once: an orderly exit waits for threads that are stuck in a collective, while its peers
+    # and its launcher wait for it. One that is done must not fail now: threads of gloo that want the interpreter while it
+    # is taken down abort the process (pytorch/pytorch#179291).
+    if not status:
+        atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _say(text: str) -> None:

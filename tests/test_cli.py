@@ -161,3 +161,18 @@ def test_ctrl_c_ends_with_130_and_one_short_line(folder: Path) -> None:
     _, error = process.communicate(timeout=10)
     assert process.returncode == 130
     assert error.strip() == "megamoe: interrupted"
+
+
+def test_a_rank_that_is_done_ends_before_the_interpreter_is_taken_down(tmp_path: Path) -> None:
+    program = """
+import atexit
+from megamoe.cli import main
+class Late:
+    def __del__(self): print("taken down")
+late = Late()
+atexit.register(print, "exit handler")
+main(["--version"])"""
+    for ranks, expected in (({"RANK": "0", "WORLD_SIZE": "1"}, ["exit handler"]), ({}, ["exit handler", "taken down"])):
+        command, variables = [sys.executable, "-c", program], environment(**ranks)
+        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[1:] == expected
