@@ -48,6 +48,8 @@ def main() -> None:
     links = _measure(device, rank, world, world // int(os.environ["LOCAL_WORLD_SIZE"]), limits)
     if rank == 0:
         print(json.dumps(links.to_json()), flush=True)
+    sys.stderr.flush()
+    os._exit(0)  # threads of gloo could abort it while the interpreter is taken down, and its node be taken for a bad one
 
 
 def _end_with_agent() -> None:
