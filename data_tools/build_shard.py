@@ -218,7 +218,7 @@ def _make(key: str, item: Item, get: Callable[[str], bytes] | None, options: Pic
     members = {picture.ext: picture.data}
     if item.caption is not None:
         members["txt"] = item.caption.encode()
-    members["json"] = json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace")
+    members["json"] = json.dumps(row, ensure_ascii=False).encode()
     return _Outcome(row, Record(key, members), SUCCESS)
 
 

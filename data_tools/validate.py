@@ -11,7 +11,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -33,6 +32,7 @@ from data_tools.contents import (
 from data_tools.jobs import map_jobs
 from megamoe.data.decode import CorruptSample
 from megamoe.data.index import IMAGE_EXTENSIONS, groups, index_path, load_index
+from megamoe.data.split import key_hashes
 from megamoe.data.tar import Member, open_for_walk, walk
 from megamoe.errors import DataError
 
@@ -122,7 +122,7 @@ def validate_shard(job: Job) -> ShardReport:
         len(check.seen) - len({problem.key for problem in check.problems} - {None}),
         check.members - check.grouped,
         check.problems,
-        _hashes(check.seen),
+        key_hashes(check.seen),
     )
 
 
@@ -237,10 +237,6 @@ def _keys(shard: Path, places: dict[int, Path]) -> Iterator[tuple[int, str]]:
                 seen.add(key)
         except DataError:  # reported by the first pass; the keys before the damage have all been named
             return
-
-
-def _hashes(keys: dict[str, tuple[str, ...]]) -> npt.NDArray[np.uint64]:
-    return np.frombuffer(b"".join(blake2b(key.encode(), digest_size=8).digest() for key in keys), dtype=np.uint64)
 
 
 def _start(members: dict[str, Member]) -> int:

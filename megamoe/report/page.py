@@ -85,7 +85,7 @@ def write_report(run: Path) -> Path:
     )
     path = run / "report.html"
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
+    temporary.write_text(html, encoding="utf-8")
     temporary.replace(path)
     return path
 

@@ -48,7 +48,7 @@ class Watchdog:
         self._phase = _Phase("in start-up", 0, slow=True)
         # The log of rank 0: its stderr is a person's terminal.
         path = os.environ.get("MEGAMOE_LOG")
-        self._log = open(path, "a", encoding="utf-8", errors="backslashreplace") if path is not None else sys.stderr  # noqa: SIM115 - open to the end
+        self._log = open(path, "a", encoding="utf-8") if path is not None else sys.stderr  # noqa: SIM115 - open to the end
         faulthandler.register(signal.SIGUSR2, file=self._log, all_threads=True)
         if seconds > 0:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
