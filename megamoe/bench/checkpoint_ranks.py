@@ -28,7 +28,7 @@ from megamoe.checkpoint.checkpointer import Checkpointer
 from megamoe.checkpoint.folders import checkpoint_name
 from megamoe.checkpoint.state import TrainState
 from megamoe.config import Config, load_config
-from megamoe.model.stack import IGNORE
+from megamoe.model.batch import IGNORE
 from megamoe.parallel.engine import MicroBatch, TrainEngine
 from megamoe.parallel.layout import plan_layout
 from megamoe.parallel.master import owned_pieces

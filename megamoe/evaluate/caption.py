@@ -22,7 +22,8 @@ from megamoe.data.tokenizer import Tokenizer
 from megamoe.errors import DataError, UserError
 from megamoe.evaluate.decode import greedy_decode, hidden_states
 from megamoe.evaluate.results import check_name, png_base64, results_folder, write_results
-from megamoe.model.stack import IGNORE, HeadLayer, Stack
+from megamoe.model.batch import IGNORE
+from megamoe.model.stack import HeadLayer, Stack
 
 EXAMPLES = 64  # samples that are kept with picture and generated caption
 MAX_NEW_TOKENS = 64  # of a generated caption, unless a true one is longer

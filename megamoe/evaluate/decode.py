@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megamoe.model.attention import packed_causal_mask, segment_positions
-from megamoe.model.decoder import DecoderBlock, KVCache
-from megamoe.model.stack import IGNORE, DecoderLayer, HeadLayer, MergeLayer, PictureLayer, Stack
+from megamoe.model.batch import IGNORE
+from megamoe.model.decoder import DecoderBlock, KVCache, rotary
+from megamoe.model.stack import DecoderLayer, HeadLayer, MergeLayer, PictureLayer, Stack
 
 
 class Vocabulary(Protocol):
@@ -88,7 +89,8 @@ def hidden_states(stack: Stack, pixels_BHWC: Tensor, text_B3L: Tensor, caches: S
     waiting = iter(caches or ())
     for layer in stack.layers:
         if isinstance(layer, DecoderLayer):
-            hidden_BLD = layer.block(state[0], positions_BL, segments_BL > 0, mask, next(waiting, None))[0]
+            angles = rotary(positions_BL, layer.decoder, state[0].dtype)
+            hidden_BLD = layer.block(state[0], angles, segments_BL > 0, mask, next(waiting, None))[0]
             state = (hidden_BLD, *state[1:])
         elif not isinstance(layer, HeadLayer):
             state = layer(state)
@@ -101,9 +103,10 @@ def _next(
     """One more token per row -> its activations (B, 1, D). Rows that are not alive visit no expert."""
     (merge,) = (layer for layer in stack.layers if isinstance(layer, MergeLayer))
     hidden_B1D = F.embedding(ids_B, merge.tokens).unsqueeze(1)
-    position_B1, alive_B1 = position_B.unsqueeze(1), alive_B.unsqueeze(1)
-    for block, cache in zip(_decoder(stack), caches, strict=True):
-        hidden_B1D = block(hidden_B1D, position_B1, alive_B1, visible_B11L, cache)[0]
+    layers = [layer for layer in stack.layers if isinstance(layer, DecoderLayer)]
+    angles = rotary(position_B.unsqueeze(1), layers[0].decoder, hidden_B1D.dtype)
+    for layer, cache in zip(layers, caches, strict=True):
+        hidden_B1D = layer.block(hidden_B1D, angles, alive_B.unsqueeze(1), visible_B11L, cache)[0]
     return hidden_B1D
 
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.utils.weak import WeakIdKeyDictionary
+
+from megamoe.model.batch import once_per_batch
 
 Mask = Tensor | BlockMask
-
-_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def segment_positions(segments_BL: Tensor) -> Tensor:
@@ -27,18 +26,11 @@ def segment_positions(segments_BL: Tensor) -> Tensor:
 
 
 def packed_causal_mask(text_B3L: Tensor, kernel: str) -> Mask:
-    """Which tokens may see which: the same segment, not later. Padding (segment 0) sees padding, to stay finite.
-
-    The mask of the newest tensors is kept, so that the blocks of a stage build it once per micro-batch.
-    """
+    """Which tokens may see which: the same segment, not later. Padding (segment 0) sees padding, to stay finite."""
     if kernel == "auto":
         kernel = "flex" if text_B3L.is_cuda else "sdpa"
-    mask: Mask | None = _masks.get(text_B3L)
-    if mask is None:
-        segments_BL = text_B3L[:, 1]
-        mask = _block_mask(segments_BL) if kernel == "flex" else _dense_mask(segments_BL)
-        _masks[text_B3L] = mask
-    return mask
+    make = _block_mask if kernel == "flex" else _dense_mask
+    return once_per_batch(text_B3L, f"{kernel} mask", lambda: make(text_B3L[:, 1]))
 
 
 def attend(q_BHLd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, mask: Mask | None) -> Tensor:
@@ -49,6 +41,11 @@ def attend(q_BHLd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, mask: Mask | None) ->
         kernel = _compiled_flex() if q_BHLd.is_cuda else flex_attention
         out: Tensor = kernel(q_BHLd, k_BGLd, v_BGLd, block_mask=mask, enable_gqa=shared)  # type: ignore[operator]
         return out
+    if shared and mask is not None and q_BHLd.is_cuda:
+        # With a mask and shared heads CUDA has cuDNN for bf16 alone, else the plain version, which keeps (B, H, L, L).
+        copies = q_BHLd.shape[1] // k_BGLd.shape[1]
+        k_BGLd, v_BGLd = (x.repeat_interleave(copies, dim=1) for x in (k_BGLd, v_BGLd))
+        shared = False
     return F.scaled_dot_product_attention(q_BHLd, k_BGLd, v_BGLd, attn_mask=mask, enable_gqa=shared)
 
 

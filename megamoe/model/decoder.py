@@ -56,13 +56,22 @@ class Projection(nn.Module):
         return F.linear(x, self.weight)
 
 
-def rotate(x_BHLd: Tensor, positions_BL: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding (arXiv:2104.09864), halves convention, angles in fp32."""
-    half = x_BHLd.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, device=x_BHLd.device, dtype=torch.float32) / half)
+Rotary = tuple[Tensor, Tensor]
+"""Cosine and sine of each position's angles, (B, 1, L, d / 2) each."""
+
+
+def rotary(positions_BL: Tensor, config: DecoderConfig, dtype: torch.dtype) -> Rotary:
+    """Angles of rotary position embedding (arXiv:2104.09864), computed in fp32; the same for all blocks."""
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** (-torch.arange(half, device=positions_BL.device, dtype=torch.float32) / half)
     angle_B1Lh = (positions_BL.unsqueeze(-1).float() * frequency).unsqueeze(1)
-    cos, sin = angle_B1Lh.cos().to(x_BHLd.dtype), angle_B1Lh.sin().to(x_BHLd.dtype)
-    first, second = x_BHLd[..., :half], x_BHLd[..., half:]
+    return angle_B1Lh.cos().to(dtype), angle_B1Lh.sin().to(dtype)
+
+
+def rotate(x_BHLd: Tensor, angles: Rotary) -> Tensor:
+    """Rotate queries or keys by the angles of their positions, halves convention."""
+    cos, sin = angles
+    first, second = x_BHLd.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
@@ -72,7 +81,6 @@ class DecoderAttention(nn.Module):
     def __init__(self, config: DecoderConfig, std: float, out_std: float):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.theta = config.rope_theta
         self.q = Projection(config.width, config.heads * config.head_dim, std)
         self.k = Projection(config.width, config.kv_heads * config.head_dim, std)
         self.v = Projection(config.width, config.kv_heads * config.head_dim, std)
@@ -80,13 +88,13 @@ class DecoderAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x_BLD: Tensor, positions_BL: Tensor, mask: Mask | None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, angles: Rotary, mask: Mask | None, cache: KVCache | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D). With a cache, keys and values of earlier positions are seen too."""
         B, L, _ = x_BLD.shape
         q = self.q_norm(self.q(x_BLD).view(B, L, self.heads, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k(x_BLD).view(B, L, self.kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v(x_BLD).view(B, L, self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, positions_BL, self.theta), rotate(k, positions_BL, self.theta)
+        q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None:
             k, v = cache.extend(k, v)
         return self.out(attend(q, k, v, mask).transpose(1, 2).reshape(B, L, -1))
@@ -122,14 +130,14 @@ class DecoderBlock(nn.Module):
             self.mlp = SwiGLU(config.width, config.mlp_width, std, out_std)
 
     def forward(
-        self, x_BLD: Tensor, positions_BL: Tensor, valid_BL: Tensor, mask: Mask | None, cache: KVCache | None = None
+        self, x_BLD: Tensor, angles: Rotary, valid_BL: Tensor, mask: Mask | None, cache: KVCache | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Transform L tokens per sequence; those that are not valid are padding.
 
         Returns:
             (B, L, D), and of a sparse block its losses (2,) and choices per expert (E,), else None twice.
         """
-        x_BLD = x_BLD + self.attention(self.norm1(x_BLD), positions_BL, mask, cache)
+        x_BLD = x_BLD + self.attention(self.norm1(x_BLD), angles, mask, cache)
         normed_BLD = self.norm2(x_BLD)
         if isinstance(self.mlp, SparseMLP):
             out_BLD, losses_2, counts_E = self.mlp(normed_BLD, valid_BL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,23 +23,23 @@ class Experts(nn.Module):
         self.gate_up = expert_matrix(experts, shard, 2 * hidden, width, std=std)
         self.down = expert_matrix(experts, shard, width, hidden, std=out_std)
 
-    def forward(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
-        """Apply expert i to its ``counts[i]`` rows; rows are in the order of the experts.
+    def forward(self, rows_ND: Tensor, ends_e: Tensor) -> Tensor:
+        """Apply each expert to its rows.
 
         Args:
-            rows_ND: Rows sorted by expert; N = sum(counts).
-            counts: Rows per expert held here, length e.
+            rows_ND: Rows sorted by expert.
+            ends_e: int32, where the rows of each expert held here end; the last is N.
 
         Returns:
             (N, D)
         """
-        gate_NF, up_NF = grouped_linear(rows_ND, self.gate_up, counts).chunk(2, dim=-1)
-        return grouped_linear(F.silu(gate_NF) * up_NF, self.down, counts)
+        gate_NF, up_NF = grouped_linear(rows_ND, self.gate_up, ends_e).chunk(2, dim=-1)
+        return grouped_linear(F.silu(gate_NF) * up_NF, self.down, ends_e)
 
 
-def grouped_linear(rows_NI: Tensor, weight_eOI: Tensor, counts: list[int]) -> Tensor:
-    """``rows @ weight[i].T`` for the ``counts[i]`` rows of each expert i, in order. Returns (N, O)."""
-    result: Tensor = _GroupedLinear.apply(rows_NI, weight_eOI, counts)
+def grouped_linear(rows_NI: Tensor, weight_eOI: Tensor, ends_e: Tensor) -> Tensor:
+    """Return ``rows @ weight[i].T`` (N, O), where the rows of group i end before ``ends_e[i]`` (int32)."""
+    result: Tensor = _GroupedLinear.apply(rows_NI, weight_eOI, ends_e)
     return result
 
 
@@ -46,43 +47,41 @@ class _GroupedLinear(torch.autograd.Function):
     """One fused kernel on CUDA in bf16; elsewhere one GEMM per expert written in place (no concatenation)."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.counts = counts
-        return _rows_times(rows, weight.transpose(1, 2), counts)
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight, ends)
+        return _rows_times(rows, weight.transpose(1, 2), ends)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        rows, weight = ctx.saved_tensors
+        rows, weight, ends = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_rows = _rows_times(grad, weight, ctx.counts)
-        if _fused(rows):
-            grad_weight = F.grouped_mm(grad.t(), rows, offs=_ends(ctx.counts, rows.device))
+        grad_rows = _rows_times(grad, weight, ends)
+        if _fused(rows, weight):
+            grad_weight = F.grouped_mm(grad.t(), rows, offs=ends)
         else:
             grad_weight = torch.empty_like(weight)
-            start = 0
-            for expert, count in enumerate(ctx.counts):
-                torch.mm(grad[start : start + count].t(), rows[start : start + count], out=grad_weight[expert])
-                start += count
+            for expert, group in enumerate(_groups(ends)):
+                torch.mm(grad[group].t(), rows[group], out=grad_weight[expert])
         return grad_rows, grad_weight, None
 
 
-def _rows_times(rows_NI: Tensor, matrices_eIO: Tensor, counts: list[int]) -> Tensor:
-    if _fused(rows_NI):
-        return F.grouped_mm(rows_NI, matrices_eIO, offs=_ends(counts, rows_NI.device))
+def _rows_times(rows_NI: Tensor, matrices_eIO: Tensor, ends_e: Tensor) -> Tensor:
+    if _fused(rows_NI, matrices_eIO):
+        return F.grouped_mm(rows_NI, matrices_eIO, offs=ends_e)
     out = rows_NI.new_empty(rows_NI.shape[0], matrices_eIO.shape[2])
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            torch.mm(rows_NI[start : start + count], matrices_eIO[expert], out=out[start : start + count])
-        start += count
+    for expert, group in enumerate(_groups(ends_e)):
+        if group.stop > group.start:
+            torch.mm(rows_NI[group], matrices_eIO[expert], out=out[group])
     return out
 
 
-def _fused(rows: Tensor) -> bool:
-    # grouped_mm wants rows aligned to 16 bytes, and its CPU version is a loop with concatenation.
-    return rows.is_cuda and rows.dtype == torch.bfloat16
+def _groups(ends: Tensor) -> list[slice]:
+    """The rows of each group. On CUDA this waits for the device, which the fused kernel does not."""
+    stops = ends.tolist()
+    return [slice(start, stop) for start, stop in pairwise([0, *stops])]
 
 
-def _ends(counts: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
+def _fused(rows: Tensor, weight: Tensor) -> bool:
+    # The CPU version of grouped_mm is a loop with concatenation. The CUDA kernel wants each row to begin at a multiple of
+    # 16 bytes, in rows, weights and results: both widths a multiple of 8.
+    return rows.is_cuda and rows.dtype == torch.bfloat16 and not any(width % 8 for width in weight.shape[1:])

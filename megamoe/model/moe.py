@@ -18,10 +18,20 @@ from megamoe.model.parameter import ExpertShard, matrix
 
 
 class Exchange(Protocol):
-    """Brings rows to the ranks that hold their experts, applies the experts, and brings the results back."""
+    """How rows reach the ranks that hold their experts."""
 
-    def __call__(self, rows_ND: Tensor, counts_E: Tensor, experts: Experts) -> Tensor:
-        """Rows sorted by global expert in, results in the same order out."""
+    def agree(self, counts_E: Tensor) -> Dispatch:
+        """Tell the other ranks how many rows go to each global expert, and learn how many come. All ranks must call."""
+
+
+class Dispatch(Protocol):
+    """One exchange that all ranks of the group have agreed on."""
+
+    rows: int
+    """Rows that this rank sends."""
+
+    def __call__(self, rows_ND: Tensor, experts: Experts) -> Tensor:
+        """Take rows sorted by global expert to their experts; return the results in the same order."""
 
 
 class Routing(NamedTuple):
@@ -80,7 +90,7 @@ class SparseMLP(nn.Module):
 
         Args:
             x_BSD: Normalised input.
-            valid_BS: False for padding, which visits no expert and comes out as zero.
+            valid_BS: False for padding, which comes out as zero and leaves no gradient.
 
         Returns:
             Output (B, S, D), losses (2,) in fp32, choices per expert (E,) as int64.
@@ -88,21 +98,32 @@ class SparseMLP(nn.Module):
         B, S, D = x_BSD.shape
         routing = self.router(x_BSD, valid_BS)
         E, K = self.router.experts, self.router.top_k
-        # Choices of padding sort behind all experts and are cut off.
-        choice_TK = routing.experts_TK.masked_fill(~valid_BS.reshape(-1, 1), E)
-        order_N = choice_TK.flatten().argsort(stable=True)
-        if self.exchange is None:
-            counts = routing.counts_E.tolist()
-            order_N = order_N[: sum(counts)]
-            routed_ND = self.experts(_take_rows(x_BSD.reshape(B * S, D), order_N, K), counts)
+        x_TD, weights_TK = x_BSD.reshape(B * S, D), routing.weights_TK
+        if self.exchange is None and _keeps_padding(x_BSD):
+            # How many rows are padding is known on the device alone. They visit their experts, and count nothing.
+            weights_TK = weights_TK * valid_BS.reshape(-1, 1)
+            sorted_N, order_N = routing.experts_TK.flatten().to(torch.int32).sort(stable=True)
+            experts_E = torch.arange(E, dtype=torch.int32, device=x_BSD.device)
+            ends_E = torch.searchsorted(sorted_N, experts_E, right=True, out_int32=True)
+            routed_ND = self.experts(_take_rows(x_TD, order_N, K), ends_E)
         else:
-            order_N = order_N[: int(routing.counts_E.sum())]
-            rows_ND = _take_rows(x_BSD.reshape(B * S, D), order_N, K)
-            routed_ND = self.exchange(rows_ND, routing.counts_E, self.experts)
-        choices_TKD = routed_ND.new_zeros(B * S * K, D).index_copy(0, order_N, routed_ND).view(B * S, K, D)
-        weights_TK = routing.weights_TK.to(choices_TKD.dtype)
-        out_TD = (weights_TK.unsqueeze(1) @ choices_TKD).squeeze(1)
+            # Choices of padding sort behind all experts and are cut off.
+            choice_TK = routing.experts_TK.masked_fill(~valid_BS.reshape(-1, 1), E)
+            order_N = choice_TK.flatten().argsort(stable=True)
+            if self.exchange is None:
+                ends_E = routing.counts_E.cumsum(0).to(torch.int32)
+                routed_ND = self.experts(_take_rows(x_TD, order_N[: int(ends_E[-1])], K), ends_E)
+            else:
+                dispatch = self.exchange.agree(routing.counts_E)
+                routed_ND = dispatch(_take_rows(x_TD, order_N[: dispatch.rows], K), self.experts)
+        choices_TKD = _put_back(routed_ND, order_N).view(B * S, K, D)
+        out_TD = (weights_TK.to(choices_TKD.dtype).unsqueeze(1) @ choices_TKD).squeeze(1)
         return out_TD.view(B, S, D), routing.losses_2, routing.counts_E
+
+
+def _keeps_padding(x: Tensor) -> bool:
+    # On a CPU the number of rows costs nothing to know, and padding is left out.
+    return x.is_cuda
 
 
 def _take_rows(x_TD: Tensor, order_N: Tensor, copies: int) -> Tensor:
@@ -124,3 +145,25 @@ class _TakeRows(torch.autograd.Function):
         (order_N,) = ctx.saved_tensors
         each = grad_ND.new_zeros(ctx.tokens * ctx.copies, grad_ND.shape[1]).index_copy_(0, order_N, grad_ND)
         return each.view(ctx.tokens, ctx.copies, -1).sum(1), None, None
+
+
+def _put_back(routed_ND: Tensor, order_N: Tensor) -> Tensor:
+    choices: Tensor = _PutBack.apply(routed_ND, order_N)
+    return choices
+
+
+class _PutBack(torch.autograd.Function):
+    """Row i to place ``order[i]`` of as many places as ``order`` has; those beyond the last row come out as zero."""
+
+    @staticmethod
+    def forward(ctx: Any, routed_ND: Tensor, order_N: Tensor) -> Tensor:
+        order_N, places = order_N[: routed_ND.shape[0]], order_N.shape[0]
+        ctx.save_for_backward(order_N)
+        shape = (places, routed_ND.shape[1])
+        choices = routed_ND.new_empty(shape) if order_N.shape[0] == places else routed_ND.new_zeros(shape)
+        return choices.index_copy_(0, order_N, routed_ND)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (order_N,) = ctx.saved_tensors
+        return grad.index_select(0, order_N), None

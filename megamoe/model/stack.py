@@ -18,12 +18,12 @@ from torch.nn import functional as F
 
 from megamoe.config import Config, ModelConfig, MoEConfig
 from megamoe.model.attention import packed_causal_mask, segment_positions
-from megamoe.model.decoder import DecoderBlock, Projection, RMSNorm
+from megamoe.model.batch import labelled_positions, once_per_batch, patches_in_use
+from megamoe.model.decoder import DecoderBlock, Projection, RMSNorm, rotary
 from megamoe.model.parameter import ExpertShard, initialize, matrix
 from megamoe.model.vision import LayerNorm, Linear, PatchEmbedding, VisionBlock
 
 State = tuple[Tensor, Tensor, Tensor]
-IGNORE = -100  # label of a position that is not predicted
 
 
 @dataclass(frozen=True)
@@ -134,14 +134,13 @@ class VisionLayer(SparseLayer):
 
     def __init__(self, block: VisionBlock, model: ModelConfig, image_token: int):
         super().__init__(block)
-        self.patches = model.vision.patches
         self.image_token = image_token
 
     def forward(self, state: State) -> State:
         """state -> state, S = I*P."""
         hidden_BSD, losses_2, text_B3L = state
-        images_B = (text_B3L[:, 0] == self.image_token).sum(1) // self.patches
-        hidden_BSD, losses_2 = self.step(losses_2, hidden_BSD, images_B)
+        valid_BS = patches_in_use(text_B3L, self.image_token, hidden_BSD.shape[1])
+        hidden_BSD, losses_2 = self.step(losses_2, hidden_BSD, valid_BS)
         return hidden_BSD, losses_2, text_B3L
 
 
@@ -180,14 +179,16 @@ class DecoderLayer(SparseLayer):
 
     def __init__(self, block: DecoderBlock, model: ModelConfig):
         super().__init__(block)
-        self.kernel = model.attention
+        self.kernel, self.decoder = model.attention, model.decoder
 
     def forward(self, state: State) -> State:
         """state -> state, S = L."""
         hidden_BLD, losses_2, text_B3L = state
-        segments_BL = text_B3L[:, 1]
+        dtype = hidden_BLD.dtype
+        angles = once_per_batch(text_B3L, dtype, lambda: rotary(segment_positions(text_B3L[:, 1]), self.decoder, dtype))
+        valid_BL = once_per_batch(text_B3L, "valid tokens", lambda: text_B3L[:, 1] > 0)
         mask = packed_causal_mask(text_B3L, self.kernel)
-        hidden_BLD, losses_2 = self.step(losses_2, hidden_BLD, segment_positions(segments_BL), segments_BL > 0, mask)
+        hidden_BLD, losses_2 = self.step(losses_2, hidden_BLD, angles, valid_BL, mask)
         return hidden_BLD, losses_2, text_B3L
 
 
@@ -206,10 +207,10 @@ class HeadLayer(nn.Module):
     def forward(self, state: State) -> tuple[Tensor, Tensor]:
         """state -> summed loss () in fp32, auxiliary losses (2,). Only labelled positions are scored, to save memory."""
         hidden_BLD, losses_2, text_B3L = state
-        labels_BL = text_B3L[:, 2]
-        labelled = labels_BL != IGNORE
-        scores_NV = self.logits(hidden_BLD[labelled]).float()
-        return F.cross_entropy(scores_NV, labels_BL[labelled], reduction="sum"), losses_2
+        positions_N = labelled_positions(text_B3L)
+        labels_N = text_B3L[:, 2].flatten().index_select(0, positions_N)
+        scores_NV = self.logits(hidden_BLD.flatten(0, 1).index_select(0, positions_N)).float()
+        return F.cross_entropy(scores_NV, labels_N, reduction="sum"), losses_2
 
 
 class CaptionLoss:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -108,8 +107,8 @@ class VisionBlock(nn.Module):
         else:
             self.mlp = VisionMLP(config, std, out_std)
 
-    def forward(self, x_BSD: Tensor, images_B: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Transform S = I*P patch tokens per sequence, of which the first ``images_B`` pictures are real.
+    def forward(self, x_BSD: Tensor, valid_BS: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Transform S = I*P patch tokens per sequence; those that are not valid belong to unused picture slots.
 
         Returns:
             (B, S, D), and of a sparse block its losses (2,) and choices per expert (E,), else None twice.
@@ -119,8 +118,6 @@ class VisionBlock(nn.Module):
         x_BSD = x_BSD + self.attention(pictures_NPD).view(B, S, D)
         normed_BSD = self.norm2(x_BSD)
         if isinstance(self.mlp, SparseMLP):
-            index_S = torch.arange(S, device=x_BSD.device)
-            valid_BS = index_S.unsqueeze(0) < images_B.unsqueeze(1) * self.patches
             out_BSD, losses_2, counts_E = self.mlp(normed_BSD, valid_BS)
             return x_BSD + out_BSD, losses_2, counts_E
         return x_BSD + self.mlp(normed_BSD), None, None

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from megamoe.config import Config, OptimConfig
 from megamoe.config.size import model_size
+from megamoe.model.batch import IGNORE, announce_labels
 from megamoe.model.parameter import ExpertShard, info_of
 from megamoe.model.stack import (
     CaptionLoss,
@@ -142,8 +144,8 @@ class TrainEngine:
             self.deepspeed.train_batch(data_iter=self._pipeline_batches(micro_batches))
         else:
             self.deepspeed.train()
-            for pixels, text in micro_batches:
-                outputs = self.deepspeed(pixels.to(self.device), text.to(self.device))
+            for micro_batch in micro_batches:
+                outputs = self.deepspeed(*self._on_device(micro_batch))
                 self.deepspeed.backward(self._loss(outputs))
                 self.deepspeed.step()
         # DeepSpeed itself makes no update, and asks for none, if the norm is not finite.
@@ -171,27 +173,37 @@ class TrainEngine:
         # DeepSpeed's last stage wants labels; ours travel with the activations.
         unused = torch.zeros(1)
         if self.loads_data:
-            return ((micro_batch, unused) for micro_batch in micro_batches)
+            return ((self._on_device(micro_batch), unused) for micro_batch in micro_batches)
         return ((None, unused) for _ in range(self.layout.accumulation))
+
+    def _on_device(self, micro_batch: MicroBatch) -> MicroBatch:
+        """Copy a micro-batch to the device. Neither the host nor the device waits: the copy starts from pinned memory."""
+        pixels, text = micro_batch
+        labels = int((text[:, 2] != IGNORE).sum())
+        if self.device.type == "cuda":
+            pixels, text = (part.pin_memory().to(self.device, non_blocking=True) for part in micro_batch)
+        announce_labels(text, labels)
+        return pixels, text
 
     def _collect(self) -> StepResult:
         sparse = [layer.name for layer in self._size.layers if layer.sparse]
-        sums_4 = self._loss.take()
-        parts_4 = torch.zeros(4, dtype=torch.float64)
-        if sums_4 is not None:  # the last stage has them
-            parts_4 = sums_4.double().cpu() / (self.layout.accumulation * self.layout.data)
+        # All stays on the device until the one read at the end: each read waits until the device has nothing to do.
+        zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
+        sums_4 = self._loss.take()  # the last stage has them
+        parts_4 = zeros(4) if sums_4 is None else sums_4.double() / (self.layout.accumulation * self.layout.data)
         loads: list[Tensor] = []
         for name in sparse:
             layer = self._layers.get(name)
             load_E = layer.load_E if isinstance(layer, SparseLayer) else None
-            loads.append(torch.zeros(self._experts) if load_E is None else load_E.cpu())
+            loads.append(zeros(self._experts) if load_E is None else load_E.double())
             if isinstance(layer, SparseLayer):
                 layer.load_E = None
         norm = self.deepspeed.optimizer._global_grad_norm
         # One rank says what the norm is: decisions are taken from it, and the others may differ in the last bit.
-        mine = 0.0 if self.rank else float("nan") if norm is None else float(norm)
-        norm_1 = torch.tensor([mine], dtype=torch.float64)
-        flat = torch.cat([parts_4, norm_1, *(load.double() for load in loads)]).to(self.device)
+        norm_1 = zeros(1)
+        if self.rank == 0:
+            norm_1 += float("nan") if norm is None else norm
+        flat = torch.cat([parts_4, norm_1, *loads])
         dist.all_reduce(flat)
         loss, lm_loss, aux_loss, z_loss, grad_norm, *choices = flat.tolist()
         load = {}
@@ -298,6 +310,8 @@ def _deepspeed_config(config: Config, layout: Layout) -> dict[str, Any]:
         # AdamW and SGD of torch: elementwise updates are the same on a shard.
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
+        # It waits for the device before and after each micro-batch; we time steps ourselves.
+        "timers": {"throughput": {"enabled": False}},
     }
 
 

@@ -23,23 +23,34 @@ class AllToAllExchange:
         self.group = group
         self.size = dist.get_world_size(group)
 
-    def __call__(self, rows_ND: Tensor, counts_E: Tensor, experts: Experts) -> Tensor:
-        """Rows sorted by global expert -> the experts' results in the same order. All ranks of the group must call."""
+    def agree(self, counts_E: Tensor) -> AllToAllDispatch:
+        """Exchange the counts. Host and device wait for each other here, once for each sparse block."""
         counts_E = counts_E.contiguous()
         received_E = torch.empty_like(counts_E)  # [source rank, expert held here]
         dist.all_to_all_single(received_E, counts_E, group=self.group)
-        by_source = received_E.view(self.size, -1)
-        send, receive, counts = (
-            part.tolist() for part in (counts_E.view(self.size, -1).sum(1), by_source.sum(1), by_source.sum(0))
-        )
-        arrived_MD = _all_to_all(rows_ND, send, receive, self.group)
+        per_rank = torch.stack((counts_E.view(self.size, -1).sum(1), received_E.view(self.size, -1).sum(1)))
+        send, receive = per_rank.tolist()
+        return AllToAllDispatch(self.group, send, receive, received_E)
+
+
+class AllToAllDispatch:
+    """The rows of one sparse block on their way. ``send`` and ``receive``: rows for and from each rank of the group."""
+
+    def __init__(self, group: dist.ProcessGroup, send: list[int], receive: list[int], received_E: Tensor):
+        self._group, self._send, self._receive, self._received_E = group, send, receive, received_E
+        self.rows = sum(send)
+
+    def __call__(self, rows_ND: Tensor, experts: Experts) -> Tensor:
+        """Rows sorted by global expert -> the experts' results in the same order. All ranks of the group must call."""
+        arrived_MD = _all_to_all(rows_ND, self._send, self._receive, self._group)
         # Rows arrive by source, then expert; the experts want them by expert.
-        held = by_source.shape[1]
-        expert_M = torch.arange(held, device=rows_ND.device).repeat(self.size).repeat_interleave(received_E)
+        by_source = self._received_E.view(len(self._receive), -1)
+        expert_M = torch.arange(by_source.shape[1], device=rows_ND.device).repeat(len(self._receive))
+        expert_M = expert_M.repeat_interleave(self._received_E, output_size=sum(self._receive))
         order_M = expert_M.argsort(stable=True)
-        done_MD = experts(_permute(arrived_MD, order_M), counts)
+        done_MD = experts(_permute(arrived_MD, order_M), by_source.sum(0).cumsum(0).to(torch.int32))
         back_MD = _permute(done_MD, order_M.argsort())
-        return _all_to_all(back_MD, receive, send, self.group)
+        return _all_to_all(back_MD, self._receive, self._send, self._group)
 
 
 def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:

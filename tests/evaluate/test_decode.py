@@ -11,8 +11,9 @@ from torch import Tensor
 
 from megamoe.config import Config
 from megamoe.evaluate.decode import greedy_decode
+from megamoe.model.batch import IGNORE
 from megamoe.model.moe import Router
-from megamoe.model.stack import IGNORE, DecoderLayer, HeadLayer, Stack
+from megamoe.model.stack import DecoderLayer, HeadLayer, Stack
 from tests.model.small import EOS, FIRST_WORD, IMAGE, PAD, logits, small_config, small_stack
 
 NEAR = 1e-4  # two best scores this close are a tie: rounding may decide either way

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megamoe.config import Config, parse_config
-from megamoe.model.stack import IGNORE, HeadLayer, Stack, build_stack
+from megamoe.model.batch import IGNORE
+from megamoe.model.stack import HeadLayer, Stack, build_stack
 
 PAD, EOS, IMAGE = 0, 2, 3
 FIRST_WORD = 4

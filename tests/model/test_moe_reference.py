@@ -135,6 +135,10 @@ def check(case: Case, dtype: torch.dtype) -> list[int] | None:
     return counts
 
 
+def ends(counts: list[int]) -> Tensor:
+    return torch.tensor(counts).cumsum(0).to(torch.int32)
+
+
 def close(actual: Tensor, expected: Tensor, what: str) -> None:
     # The router works in fp32 whatever the dtype; a rounding there is carried into all the rest.
     scale = max(1.0, expected.detach().abs().max().item()) if expected.numel() else 1.0
@@ -204,7 +208,7 @@ def test_grouped_linear_and_its_gradients_are_one_product_per_group_empty_ones_t
     rows = torch.randn(sum(counts), 3, dtype=torch.float64, generator=generator).requires_grad_()
     weight = torch.randn(len(counts), 4, 3, dtype=torch.float64, generator=generator).requires_grad_()
     grad = torch.randn(sum(counts), 4, dtype=torch.float64, generator=generator)
-    out = grouped_linear(rows, weight, counts)
+    out = grouped_linear(rows, weight, ends(counts))
     grad_rows, grad_weight = torch.autograd.grad(out, (rows, weight), grad)
     start = 0
     for expert, count in enumerate(counts):
@@ -219,7 +223,7 @@ def test_grouped_linear_and_its_gradients_are_one_product_per_group_empty_ones_t
 def test_grouped_linear_passes_the_numeric_gradient_check() -> None:
     rows = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     weight = torch.randn(4, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda r, w: grouped_linear(r, w, [2, 0, 3, 1]), (rows, weight))
+    assert torch.autograd.gradcheck(lambda r, w: grouped_linear(r, w, ends([2, 0, 3, 1])), (rows, weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -231,13 +235,13 @@ def test_fused_product_equals_one_product_per_group(
     rows = torch.randn(16, 16, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(4, 24, 16, generator=generator).to(dtype).requires_grad_()
     grad = torch.randn(16, 24, generator=generator).to(dtype)
-    looped = grouped_linear(rows, weight, counts)
+    looped = grouped_linear(rows, weight, ends(counts))
     looped_gradients = torch.autograd.grad(looped, (rows, weight), grad)
     # The branch of the GPU, with the CPU's version of the same operator.
-    monkeypatch.setattr(experts_module, "_fused", lambda rows: True)
-    fused = grouped_linear(rows, weight, counts)
+    monkeypatch.setattr(experts_module, "_fused", lambda rows, weight: True)
+    fused = grouped_linear(rows, weight, ends(counts))
     fused_gradients = torch.autograd.grad(fused, (rows, weight), grad)
-    direct = F.grouped_mm(rows, weight.transpose(1, 2), offs=torch.tensor(counts).cumsum(0).to(torch.int32))
+    direct = F.grouped_mm(rows, weight.transpose(1, 2), offs=ends(counts))
     tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
     torch.testing.assert_close(fused, looped, **tolerance)
     torch.testing.assert_close(direct, looped, **tolerance)

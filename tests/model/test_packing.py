@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megamoe.config import Config
 from megamoe.model.attention import packed_causal_mask, segment_positions
-from megamoe.model.stack import IGNORE, Stack
+from megamoe.model.batch import IGNORE
+from megamoe.model.stack import Stack
 from tests.model.small import IMAGE, logits, pack, random_samples, small_config, small_stack
 
 SEEDS = range(8)

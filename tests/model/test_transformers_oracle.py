@@ -13,8 +13,9 @@ from transformers import LlavaForConditionalGeneration
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from megamoe.config import Config
+from megamoe.model.batch import IGNORE
 from megamoe.model.moe import Router
-from megamoe.model.stack import IGNORE, Stack, named_parameters
+from megamoe.model.stack import Stack, named_parameters
 from tests.model.hf_mapping import hf_config, hf_name, hf_state
 from tests.model.small import IMAGE, Pictured, logits, pack, random_samples, small_config, small_stack
 
