@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,8 @@ def predict_memory(config: Config, layout: Layout, stage: int) -> MemoryEstimate
     if not bf16:
         optimizer += 4 * owned  # the fp32 engine copies its shard of the gradient before the update
     in_flight = min(layout.pipeline - stage, layout.accumulation)
-    activations = in_flight * sum(_kept(config, layer, width) for layer in layers) * config.train.micro_batch
+    activations = in_flight * sum(_kept(config, layer, width) for layer in layers) + _recomputed(config, layers, width)
+    activations *= config.train.micro_batch
     return MemoryEstimate(int(weights), int(gradients), int(optimizer), int(activations), int(snapshot))
 
 
@@ -67,22 +69,57 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _kept(config: Config, layer: LayerSize, width: int) -> float:
-    """Bytes that one sequence leaves in a layer for backward, by counting the saved inputs of its operations."""
-    vision, decoder, moe, data = config.model.vision, config.model.decoder, config.model.moe, config.data
-    tower = vision if layer.name.startswith("vision.") else decoder
-    picture_tokens = vision.patches * data.images_per_sequence
-    tokens = picture_tokens if tower is vision else data.sequence_length
+    """Bytes that one sequence leaves in a layer until its backward; ``width``: bytes of an activation."""
+    if "blocks" in layer.name and config.parallel.recompute != "none":
+        tower = config.model.vision if layer.name.startswith("vision.") else config.model.decoder
+        return 0 if config.parallel.recompute == "offload" else _tokens(config, layer) * tower.width * width
+    return _saved(config, layer, width)
+
+
+def _recomputed(config: Config, layers: Sequence[LayerSize], width: int) -> float:
+    """Bytes that a block holds per sequence while its backward runs, if it has computed its forward once more for that."""
+    if config.parallel.recompute == "none":
+        return 0
+    return max((_saved(config, layer, width) for layer in layers if "blocks" in layer.name), default=0)
+
+
+def _saved(config: Config, layer: LayerSize, width: int) -> float:
+    """Bytes of one sequence that the operations of a layer save for backward, each tensor once.
+
+    A test counts them, operation by operation, for all but attention: its kernels keep queries, keys, values and results.
+    """
+    vision, decoder, moe = config.model.vision, config.model.decoder, config.model.moe
+    tokens = _tokens(config, layer)
+    if layer.name == "vision.embed":
+        return tokens * 3 * vision.patch_size**2 * width
+    if layer.name == "merge":  # norm in and out, both products, GELU
+        return tokens * (2 * vision.width + 3 * decoder.width) * width
     if layer.name == "head":
-        text = data.sequence_length - picture_tokens
-        return text * decoder.vocab_size * (width + 8)  # scores, and their fp32 copy and softmax
-    if "blocks" not in layer.name:
-        return tokens * tower.width * width * 3
-    if config.parallel.recompute != "none":
-        return 0 if config.parallel.recompute == "offload" else tokens * tower.width * width
-    attention = 3 * tower.width + 2 * (vision.width * 2 if tower is vision else decoder.heads * decoder.head_dim * 2)
-    if layer.sparse:
-        per_choice = 3 * tower.width + 4 * tower.expert_width
-        mlp = 2 * tower.width + moe.top_k * per_choice + moe.experts * 6 * 4 / width
+        scores = decoder.vocab_size * (width + 8)  # scores, and their fp32 copy and softmax
+        return tokens * (scores + (2 * width + 4) * decoder.width)
+    if layer.name.startswith("vision."):
+        tower_width, expert_width = vision.width, vision.expert_width
+        per_token = 6 * width * tower_width  # norm in and out, q, k, v, result
+        per_token += width * tower_width  # second norm
+        dense = width * (tower_width + 2 * vision.mlp_width)
     else:
-        mlp = 2 * tower.width + (2 if tower is vision else 4) * tower.mlp_width
-    return tokens * (attention + mlp) * width
+        tower_width, expert_width = decoder.width, decoder.expert_width
+        queries, keys = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+        norm = 4 + width  # the input in fp32, and normalised
+        per_token = norm * (2 * tower_width + queries + keys)
+        per_token += width * (tower_width + 3 * queries + 2 * keys)  # q, k, v, result, and that in another order
+        dense = width * (tower_width + 4 * decoder.mlp_width)
+    if layer.sparse:
+        choice = 2 * tower_width + 4 * expert_width  # rows in and out, gate and up, SiLU of gate, product
+        per_token += 4 * (tower_width + 3 * moe.experts) + width * moe.top_k * choice  # the router works in fp32
+    else:
+        per_token += dense
+    return tokens * per_token
+
+
+def _tokens(config: Config, layer: LayerSize) -> int:
+    """Tokens of a packed sequence that a layer works on."""
+    pictures = config.model.vision.patches * config.data.images_per_sequence
+    if layer.name == "head":
+        return config.data.sequence_length - pictures  # text alone is scored
+    return pictures if layer.name == "merge" or layer.name.startswith("vision.") else config.data.sequence_length

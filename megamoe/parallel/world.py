@@ -58,8 +58,8 @@ def _own_gpu(local_rank: int) -> torch.device:
     """
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"rank {local_rank} of this machine has no GPU: {torch.cuda.device_count()} can be seen; start as many ranks as "
-            "GPUs (--nproc, launch.ranks_per_node), or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+            f"rank {local_rank} of this machine has no GPU: {torch.cuda.device_count()} can be seen; start as many ranks "
+            "as GPUs (--nproc, launch.ranks_per_node), or set CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
     # Rows per expert and lengths of captions change from step to step: fixed segments would break up.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
