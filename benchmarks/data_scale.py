@@ -43,13 +43,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.located import INDEX, Case, LocateWork
 from megamoe.config.schema import DataConfig, VisionConfig
-from megamoe.data.catalog import data_fingerprint
-from megamoe.data.loader import StepLoader
-from megamoe.data.order import _SHARDS, Anchor, _keys, _Mixture, shuffled
-from megamoe.data.processes import WorkerProcesses
-from megamoe.data.sources import open_data_set
-from megamoe.data.state import DataState
-from megamoe.data.tokenizer import Tokenizer
+from megamoe.data.loader.processes import WorkerProcesses
+from megamoe.data.loader.step_loader import StepLoader
+from megamoe.data.order.position import DataState
+from megamoe.data.order.sample_order import _SHARDS, Anchor, _keys, _Mixture, shuffled
+from megamoe.data.sample.tokenizer import Tokenizer
+from megamoe.data.shards.catalog import data_fingerprint
+from megamoe.data.shards.from_config import open_data_set
 
 PLACES = (None, 0.01, 0.5, 0.99)  # of the third epoch; None: the start of a run
 OPTIONS = ("shards", "samples", "global_batch", "ranks", "workers", "shuffle_shards", "per_sequence", "deviation", "steps")

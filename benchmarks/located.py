@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megamoe.data.catalog import Catalog, DataSet
-from megamoe.data.order import SampleOrder
-from megamoe.data.state import DataState
-from megamoe.data.storage import Storage
+from megamoe.data.order.position import DataState
+from megamoe.data.order.sample_order import SampleOrder
+from megamoe.data.shards.catalog import Catalog, DataSet
+from megamoe.data.shards.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,6 @@ class LocateWork:
 
     def preload(self) -> None:
         """What the loader's own work imports."""
-        import megamoe.data.remote_objects
-        import megamoe.data.worker  # noqa: F401
 
     def serve(self, worker: int, workers: int, memory: mmap.mmap) -> Iterator[dict[str, Any]]:
         """Seconds for the first samples; then microseconds for one of the others, and windows from first lane to last."""

@@ -2,7 +2,7 @@
 
     python benchmarks/shuffle.py [--shards 256] [--samples 4000] [--batch 256] [--ranks 8] [--figure FILE] [--json FILE]
 
-One epoch of a set of ``--shards`` x ``--samples`` samples goes through ``megamoe.data.order.SampleOrder`` with several
+One epoch of a set of ``--shards`` x ``--samples`` samples goes through ``SampleOrder`` with several
 values of ``data.shuffle_shards``, through WebDataset's own stages (``shardshuffle=100`` and ``.shuffle(n)``, as its
 documentation uses them) over a source that yields numbers in place of samples, and through a random permutation. Our
 order is the same on any number of ranks. With WebDataset each rank reads shards of its own, so its global batch mixes
@@ -34,7 +34,7 @@ import webdataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megamoe.data.order import SampleOrder
+from megamoe.data.order.sample_order import SampleOrder
 
 WINDOWS = (1, 2, 4, 8, 16, 32)
 BUFFERS = (1000, 10_000)

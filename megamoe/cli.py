@@ -19,8 +19,8 @@ import click
 from megamoe import __version__
 from megamoe.commands.checkpoint import checkpoint
 from megamoe.commands.launch import launch
-from megamoe.errors import UserError
-from megamoe.statuses import FAILED, REQUEST_IS_WRONG
+from megamoe.core.errors import UserError
+from megamoe.core.exit_status import FAILED, REQUEST_IS_WRONG
 
 PATH = click.Path(path_type=Path)
 
@@ -50,7 +50,7 @@ def train(ctx: click.Context, config: Path, overrides: tuple[str, ...], nproc: i
     Starts and supervises local processes: when one dies, all go on from the last checkpoint. Started by torchrun, by
     srun with a task per rank or by mpirun, it is one of these ranks.
     """
-    from launcher.environment import rank_environment
+    from launcher.workers.environment import rank_environment
     from megamoe.config import load_config
 
     os.environ.update(rank_environment(os.environ))
@@ -58,12 +58,12 @@ def train(ctx: click.Context, config: Path, overrides: tuple[str, ...], nproc: i
     if _is_rank():
         if nproc is not None and nproc != int(os.environ["WORLD_SIZE"]):
             raise UserError(f"--nproc {nproc}: this is one of WORLD_SIZE={os.environ['WORLD_SIZE']} ranks; leave it out")
-        from megamoe.train.run import train as train_rank
+        from megamoe.train.rank import train as train_rank
 
         ctx.exit(train_rank(settings, resume))
 
-    from launcher.local import launch_local
-    from megamoe.metrics.stream import refuse_existing
+    from launcher.local.launch import launch_local
+    from megamoe.metrics.metrics_file import refuse_existing
     from megamoe.parallel.layout import plan_layout
 
     # Whatever can be known to be wrong is said here, once, before any process starts.
@@ -104,7 +104,7 @@ def evaluate(source: Path, data: tuple[str, ...], task: str, limit: int | None, 
 @click.option("--prompt", default="", metavar="TEXT", help="Beginning of the caption, to be continued.")
 def generate(source: Path, image: Path, prompt: str) -> None:
     """Write the caption of a picture."""
-    from megamoe.evaluate.generate import caption_image
+    from megamoe.evaluate.caption_image import caption_image
 
     click.echo(caption_image(source, image, prompt))
 
@@ -155,7 +155,7 @@ def plan(config: Path, overrides: tuple[str, ...], nproc: int | None) -> None:
 @click.pass_context
 def demo(ctx: click.Context) -> None:
     """Make shards, train a small model on this CPU with a worker killed on the way, evaluate, report."""
-    from megamoe.demo import run_demo
+    from megamoe.commands.demo_run import run_demo
 
     ctx.exit(run_demo())
 
@@ -183,7 +183,7 @@ def bench_data_verb(folder: Path, samples: int, rounds: int, side: int, json_fil
     """Pictures per second that the loader gives, beside webdataset and beside what the cores can decode."""
     import json
 
-    from megamoe.bench.data import bench_data
+    from megamoe.bench.loader import bench_data
 
     result = bench_data(folder, samples, rounds, side)
     click.echo(f"{result['processes']} processes, {result['kilobytes_per_picture']:.1f} KB per picture")
@@ -210,7 +210,7 @@ def bench_checkpoint_verb(
     """Seconds to save and load the state of CONFIG's model in training, and how long training stands for a save."""
     import json
 
-    from megamoe.bench.checkpoint import as_table, bench_checkpoint
+    from megamoe.bench.saving import as_table, bench_checkpoint
 
     result = bench_checkpoint(config, overrides, nproc, folder, rounds)
     click.echo(as_table(result))
@@ -229,7 +229,7 @@ def bench_checkpoint_verb(
 @click.pass_context
 def data(ctx: click.Context, arguments: tuple[str, ...]) -> None:
     """Make and keep shards; `megamoe data --help` lists its verbs."""
-    from data_tools.cli import data as data_verbs
+    from megamoe.commands.data.group import data as data_verbs
 
     ctx.exit(data_verbs.main(list(arguments), prog_name=ctx.command_path, standalone_mode=False) or 0)
 

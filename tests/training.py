@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from launcher.ranks import local_environments
+from launcher.workers.processes import local_environments
 from tests.warm import run_ranks
 
 ROOT = Path(__file__).parent.parent

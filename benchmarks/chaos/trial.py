@@ -21,7 +21,7 @@ from benchmarks.chaos.plan import Fault, Plan
 from benchmarks.chaos.training import Missed, Training, can_hide
 from benchmarks.chaos.truth import Truth, differences, truth_of
 from megamoe.checkpoint.verify import verify_checkpoint
-from megamoe.statuses import STOPPED
+from megamoe.core.exit_status import STOPPED
 
 WATCHDOG = 6.0  # seconds, in trials with something to be noticed by it
 _ROOM = 6  # checkpoints that a small disk has room for

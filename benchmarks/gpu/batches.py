@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from megamoe.config import Config
-from megamoe.data.pack import PackShape, SequenceBuilder
-from megamoe.parallel.engine import MicroBatch
+from megamoe.data.sample.pack import PackShape, SequenceBuilder
+from megamoe.parallel.deepspeed.engine import MicroBatch
 
 
 @dataclass

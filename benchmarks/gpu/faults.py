@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.context import ROOT, Context
-from megamoe.statuses import HUNG
+from megamoe.core.exit_status import HUNG
 
 FAULTS = ROOT / "tests/faults"
 

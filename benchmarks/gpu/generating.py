@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.gpu.batches import Words
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.model_1b import config_1b
-from megamoe.evaluate.decode import greedy_decode
+from megamoe.evaluate.greedy import greedy_decode
 from megamoe.model.parameter import ExpertShard, info_of
 from megamoe.model.stack import Stack, layer_specs
 

@@ -14,7 +14,7 @@ import torch
 def main() -> None:
     """Run ``megamoe`` with the fault."""
     from megamoe import cli
-    from megamoe.parallel.engine import TrainEngine
+    from megamoe.parallel.deepspeed.engine import TrainEngine
 
     step, count = TrainEngine.step, 0
 

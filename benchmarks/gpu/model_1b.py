@@ -16,7 +16,7 @@ from megamoe.config import Config, load_config
 from megamoe.config.size import model_size
 from megamoe.model.parameter import info_of
 from megamoe.model.stack import SparseLayer, _call
-from megamoe.parallel.engine import MicroBatch, TrainEngine
+from megamoe.parallel.deepspeed.engine import MicroBatch, TrainEngine
 from megamoe.parallel.layout import plan_layout
 from megamoe.parallel.memory import predict_memory
 from megamoe.parallel.recompute import apply_recompute

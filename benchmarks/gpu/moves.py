@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmarks.gpu.context import ROOT, Context
 from megamoe.checkpoint import newest_checkpoint
-from megamoe.checkpoint.load import read_pieces
 from megamoe.checkpoint.manifest import read_manifest
 from megamoe.checkpoint.pieces import PieceLoadPlanner, Slot
+from megamoe.checkpoint.reading import read_pieces
 
 STEPS = 3
 

@@ -18,7 +18,7 @@ from benchmarks.gpu.context import Context
 from benchmarks.gpu.model_1b import MICRO_BATCHES, build, config_1b
 from megamoe.model.experts import Experts
 from megamoe.model.moe import Router, SparseMLP
-from megamoe.parallel.engine import TrainEngine
+from megamoe.parallel.deepspeed.engine import TrainEngine
 
 ROWS = 16
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
@@ -27,7 +27,7 @@ READS = ("aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_n
 
 def measure(context: Context) -> None:
     """Record everything of a step of two micro-batches, after three to warm up."""
-    from megamoe.parallel.world import joined_world
+    from megamoe.parallel.deepspeed.process_group import joined_world
 
     rows = 1 if context.tiny else ROWS
     config = config_1b(context, rows)

@@ -71,7 +71,7 @@ def train(config: Config, device: torch.device) -> Rows:
     """The run on the ranks that are there, with our engine. Equal on all ranks."""
     import torch.distributed as dist
 
-    from megamoe.parallel.engine import TrainEngine
+    from megamoe.parallel.deepspeed.engine import TrainEngine
 
     layout = plan_layout(config, dist.get_world_size())
     engine = TrainEngine(config, layout, Words().image_id, device)
@@ -100,7 +100,7 @@ def differences(rows: Rows, expected: Rows) -> dict[str, float]:
 
 def measure(context: Context) -> None:
     """Record for each number format and attention kernel how far it is from the CPU, and whether two runs are equal."""
-    from megamoe.parallel.world import joined_world
+    from megamoe.parallel.deepspeed.process_group import joined_world
 
     expected = json.loads(EXPECTED.read_text(encoding="utf-8"))
     cases: dict[str, tuple[str, ...]] = {"fp32, dense mask": (), "fp32 again": ()}

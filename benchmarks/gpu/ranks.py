@@ -87,7 +87,7 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     stage_collectives(lambda tensor: tensor.is_cuda or not cuda)
 
-    from megamoe.parallel.world import joined_world
+    from megamoe.parallel.deepspeed.process_group import joined_world
 
     with joined_world() as device:
         rows = train(demo(*LAYOUTS[layout][1]), device)

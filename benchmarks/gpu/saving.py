@@ -10,14 +10,14 @@ from benchmarks.gpu.context import Context
 from benchmarks.gpu.model_1b import MICRO_BATCHES, build, config_1b
 from megamoe.checkpoint.checkpointer import Checkpointer
 from megamoe.checkpoint.folders import checkpoint_name
-from megamoe.checkpoint.state import TrainState
+from megamoe.checkpoint.train_state import TrainState
 
 ROOM = 30e9  # two checkpoints
 
 
 def measure(context: Context) -> None:
     """Record seconds of each; the folder is in memory if the disk is full or slow, and the page says so."""
-    from megamoe.parallel.world import joined_world
+    from megamoe.parallel.deepspeed.process_group import joined_world
 
     folder = context.scratch
     memory = Path("/dev/shm")

@@ -18,7 +18,7 @@ MFU, MEMORY = 0.40, 0.10  # the goals
 
 def measure(context: Context) -> None:
     """Record each case; one that is predicted not to fit is not tried."""
-    from megamoe.parallel.world import joined_world
+    from megamoe.parallel.deepspeed.process_group import joined_world
 
     room = 0.95 * torch.cuda.get_device_properties(0).total_memory if context.cuda else float("inf")
     best, memory = 0.0, []

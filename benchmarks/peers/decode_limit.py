@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from peers.measure import SIDE
 
-from megamoe.data.decode import decode_image
+from megamoe.data.sample.decode import decode_image
 
 _together: Barrier  # set in each process
 

@@ -11,12 +11,12 @@ from peers.pictures import read_pictures, write_tars
 from torch import Tensor
 
 from megamoe.config.schema import DataConfig, VisionConfig
-from megamoe.data.index import learn_index
-from megamoe.data.loader import StepLoader
-from megamoe.data.sources import open_data_set
-from megamoe.data.state import DataState
-from megamoe.data.tokenizer import Tokenizer
-from megamoe.data.vocabulary import model_path, train_tokenizer
+from megamoe.data.loader.step_loader import StepLoader
+from megamoe.data.order.position import DataState
+from megamoe.data.sample.tokenizer import Tokenizer
+from megamoe.data.sample.vocabulary import model_path, train_tokenizer
+from megamoe.data.shards.from_config import open_data_set
+from megamoe.data.shards.index import learn_index
 
 SHARD = 400
 ROOM = 60  # tokens of a sequence beside the picture's, enough for every caption

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.sources.item import FAILED_TO_DOWNLOAD, Item, Loss, read_caption
-from megamoe.errors import DataError
+from megamoe.core.errors import DataError
 
 # In this order, upper or lower case: LAION (URL, TEXT), COYO (image_url), open_clip (filepath, title), HF (file_name, text)
 _URLS = ("url", "image_url")

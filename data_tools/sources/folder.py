@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.sources.item import FAILED_TO_DOWNLOAD, NO_CAPTION, Chunk, Item, Loss, Source, read_caption
-from megamoe.data.decode import CorruptSample, decode_caption
-from megamoe.data.index import IMAGE_EXTENSIONS
-from megamoe.errors import DataError
+from megamoe.core.errors import DataError
+from megamoe.data.sample.decode import CorruptSample, decode_caption
+from megamoe.data.shards.index import IMAGE_EXTENSIONS
 
 _UNSAFE = re.compile(r"[^\w/-]")
 _MAX_SIDECAR = 16 << 20  # a caption or its JSON of more bytes is something else

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_tools.sources.columns import Columns, row_item
 from data_tools.sources.item import FAILED_TO_DOWNLOAD, Item, Loss
-from megamoe.errors import DataError
+from megamoe.core.errors import DataError
 
 _MAX_LINE = 16 << 20  # bytes; what is longer is no table of this kind
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})([.]\d+)?([eE][+-]?\d{1,3})?")

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from data_tools.sources.columns import Columns, row_item
 from data_tools.sources.item import Item
-from megamoe.errors import DataError
+from megamoe.core.errors import DataError
 
 _BATCH = 1024  # rows in memory at a time; they may hold pictures
 

@@ -11,8 +11,8 @@ from data_tools.sources.folder import open_folder
 from data_tools.sources.item import FORMATS, Chunk, Source
 from data_tools.sources.lines import cut, read_header
 from data_tools.sources.parquet import cut_parquet, parquet_header
-from megamoe.data.index import IMAGE_EXTENSIONS
-from megamoe.errors import DataError
+from megamoe.core.errors import DataError
+from megamoe.data.shards.index import IMAGE_EXTENSIONS
 
 _SUFFIXES = {"csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl", "parquet": "parquet", "txt": "txt"}
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import simplejpeg
 from webdataset import TarWriter
 
-from megamoe.data.files import atomic_file
+from megamoe.core.files import atomic_file
 
 SIDE = 224
 _WORDS = (

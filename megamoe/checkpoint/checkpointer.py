@@ -21,21 +21,21 @@ from torch import Tensor
 
 from megamoe.checkpoint.contents import moments_of
 from megamoe.checkpoint.folders import checkpoint_name, retain
-from megamoe.checkpoint.load import read_pieces
 from megamoe.checkpoint.manifest import read_manifest
 from megamoe.checkpoint.mirror import Mirror
 from megamoe.checkpoint.pieces import PieceLoadPlanner, Slot, WritePlan, flat_slot, plan_writes, rank_file
+from megamoe.checkpoint.reading import read_pieces
 from megamoe.checkpoint.remote import RemoteCheckpoints
 from megamoe.checkpoint.snapshot import Snapshot
-from megamoe.checkpoint.state import TrainState
 from megamoe.checkpoint.store import complete, write_pieces
 from megamoe.checkpoint.tensorfile import FileSum
+from megamoe.checkpoint.train_state import TrainState
 from megamoe.config import Config
-from megamoe.data.state import DataState, joined
-from megamoe.errors import CheckpointError
-from megamoe.parallel.agree import from_rank_0
-from megamoe.parallel.engine import TrainEngine
-from megamoe.parallel.master import create_moments, owned_pieces, refresh_weights
+from megamoe.core.errors import CheckpointError
+from megamoe.data.order.position import DataState, joined
+from megamoe.parallel.broadcast import from_rank_0
+from megamoe.parallel.deepspeed.engine import TrainEngine
+from megamoe.parallel.deepspeed.main_parameters import create_moments, owned_pieces, refresh_weights
 
 
 @dataclass

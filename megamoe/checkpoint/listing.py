@@ -9,8 +9,8 @@ from pathlib import Path
 
 from megamoe.checkpoint.folders import abandoned_of, checkpoint_step, checkpoints_of, incomplete_of
 from megamoe.checkpoint.manifest import check_sizes, read_manifest
-from megamoe.errors import CheckpointError
-from megamoe.metrics.stream import METRICS_FILE, read_metrics
+from megamoe.core.errors import CheckpointError
+from megamoe.metrics.metrics_file import METRICS_FILE, read_metrics
 
 
 @dataclass(frozen=True)

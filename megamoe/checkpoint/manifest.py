@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megamoe.checkpoint.tensorfile import BLOCK, FileSum, block_sum, check_size
-from megamoe.errors import CheckpointError, DamagedCheckpoint
+from megamoe.core.errors import CheckpointError, DamagedCheckpoint
 
 FORMAT = 2
 MANIFEST = "manifest.json"

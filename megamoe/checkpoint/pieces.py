@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from megamoe.checkpoint.manifest import StoredTensor
-from megamoe.errors import CheckpointError
+from megamoe.core.errors import CheckpointError
 
 _Held = tuple[str, int, int, int, torch.dtype]  # name, first element, elements, elements of the whole, type
 

@@ -17,8 +17,8 @@ import fsspec.core
 from megamoe.checkpoint.folders import checkpoint_name, incomplete_path, publish
 from megamoe.checkpoint.manifest import MANIFEST, read_manifest
 from megamoe.checkpoint.tensorfile import TensorFile
-from megamoe.data.urls import masked, one_line
-from megamoe.errors import CheckpointError, DamagedCheckpoint
+from megamoe.core.errors import CheckpointError, DamagedCheckpoint
+from megamoe.core.urls import masked, one_line
 
 _ABANDONED = "abandoned-manifest.json"  # of a history that was left
 _FILES_AT_A_TIME = 8

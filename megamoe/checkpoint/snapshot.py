@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from megamoe.errors import CheckpointError
+from megamoe.core.errors import CheckpointError
 
 _ALIGN = 64  # bytes; copies are fastest between cache lines
 

@@ -38,7 +38,7 @@ from megamoe.checkpoint.manifest import (
 )
 from megamoe.checkpoint.pieces import piece_key, rank_file
 from megamoe.checkpoint.tensorfile import FileSum, TensorFile, write_tensors
-from megamoe.errors import CheckpointError
+from megamoe.core.errors import CheckpointError
 
 WEIGHT = "weight/"
 

@@ -19,7 +19,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megamoe.errors import DamagedCheckpoint
+from megamoe.core.errors import DamagedCheckpoint
 
 BLOCK = 4 << 20  # 1 TB of checkpoint has 5 MB of checksums; a rank that wants one number reads 4 MiB
 _NAMES = {torch.float32: "F32", torch.uint8: "U8"}

@@ -11,11 +11,11 @@ from megamoe.checkpoint.contents import Expected, expected_tensors
 from megamoe.checkpoint.folders import checkpoint_step, checkpoints_of
 from megamoe.checkpoint.manifest import MANIFEST, Manifest, StoredTensor, model_fingerprint, read_manifest
 from megamoe.checkpoint.pieces import piece_key
-from megamoe.checkpoint.state import TrainState
 from megamoe.checkpoint.store import WEIGHT
 from megamoe.checkpoint.tensorfile import FileSum, TensorFile
+from megamoe.checkpoint.train_state import TrainState
 from megamoe.config import Config
-from megamoe.errors import CheckpointError, DamagedCheckpoint
+from megamoe.core.errors import CheckpointError, DamagedCheckpoint
 
 _NAMED = 20  # problems named one by one; the rest is counted
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from launcher.submission import Submission
+    from launcher.slurm.submission import Submission
 
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
@@ -67,7 +67,7 @@ def slurm(config: Path, overrides: tuple[str, ...], resume: str, dry_run: bool, 
 
     Each option is the setting of its name in launch or launch.slurm, and wins over KEY=VALUE.
     """
-    from launcher.submission import new_run, options_as_settings
+    from launcher.slurm.submission import new_run, options_as_settings
 
     _submit(new_run(config, [*overrides, *options_as_settings(options)], resume), dry_run)
 
@@ -79,7 +79,7 @@ def slurm(config: Path, overrides: tuple[str, ...], resume: str, dry_run: bool, 
 @dry_run
 def resume(run: Path, overrides: tuple[str, ...], dry_run: bool, **options: object) -> None:
     """Submit RUN again with the settings it was launched with, changed by options and KEY=VALUE."""
-    from launcher.submission import options_as_settings, resumed_run
+    from launcher.slurm.submission import options_as_settings, resumed_run
 
     _submit(resumed_run(run, [*overrides, *options_as_settings(options)]), dry_run)
 
@@ -90,7 +90,7 @@ def resume(run: Path, overrides: tuple[str, ...], dry_run: bool, **options: obje
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
 def status(run: Path, events: int, as_json: bool) -> None:
     """Show the job of RUN, its nodes, how far it is, and each fault with what was done about it."""
-    from launcher.status import as_text, read_status
+    from launcher.slurm.run_status import as_text, read_status
 
     found = read_status(run)
     click.echo(json.dumps(found, indent=1) if as_json else as_text(found, events))
@@ -103,7 +103,7 @@ def status(run: Path, events: int, as_json: bool) -> None:
 @click.option("--follow", is_flag=True, help="Wait for more, also of later jobs and attempts, until Ctrl-C.")
 def logs(run: Path, rank: int | None, lines: int, follow: bool) -> None:
     """Show the end of the job's log, or of a rank's."""
-    from launcher.follow import newest_log, show_log
+    from launcher.slurm.follow_log import newest_log, show_log
 
     def log() -> Path | None:
         return newest_log(run, rank)
@@ -116,7 +116,7 @@ def logs(run: Path, rank: int | None, lines: int, follow: bool) -> None:
 @click.option("--now", is_flag=True, help="Do not wait for a save.")
 def stop(run: Path, now: bool) -> None:
     """End the job of RUN after its ranks have saved; it is not started again, until `megamoe launch resume`."""
-    from launcher.submission import hint, stop_jobs
+    from launcher.slurm.submission import hint, stop_jobs
 
     stopped = stop_jobs(run.absolute(), now)
     if not stopped:
@@ -133,7 +133,7 @@ def stop(run: Path, now: bool) -> None:
 def supervise(ctx: click.Context, run: Path) -> None:
     """Inside the job, in its batch script: keep RUN going."""
     _hold_warnings()
-    from launcher.inside import supervise_run
+    from launcher.slurm.inside_job import supervise_run
 
     ctx.exit(supervise_run(run))
 
@@ -144,7 +144,7 @@ def supervise(ctx: click.Context, run: Path) -> None:
 def agent(ctx: click.Context, run: Path) -> None:
     """Inside the job, on each node: start the ranks of this node as the supervisor of RUN says."""
     _hold_warnings()
-    from launcher.inside import serve_run
+    from launcher.slurm.inside_job import serve_run
 
     # The name by which SLURM knows the node, since it is SLURM that is told to leave it out.
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -152,14 +152,14 @@ def agent(ctx: click.Context, run: Path) -> None:
 
 
 def _hold_warnings() -> None:
-    """Keep SIGUSR1 until ``launcher.ranks.caught_signals`` listens, a second or two of imports later, not die of it."""
+    """Keep SIGUSR1 until ``caught_signals`` listens, a second or two of imports later, not die of it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 
 def _submit(submission: Submission, dry_run: bool) -> None:
     import shutil
 
-    from launcher.submission import hint
+    from launcher.slurm.submission import hint
 
     if not dry_run:
         submission.check()

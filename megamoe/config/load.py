@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megamoe.config.schema import Config
-from megamoe.errors import UserError
+from megamoe.core.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,10 +1,9 @@
-"""Data plane: shard index -> order -> storage -> decode -> pack -> loader.
+"""Data plane: from shards to the packed batch of each optimizer step.
 
-``shards`` turns names into files, ``index`` knows where each sample lies in its tar, ``order`` says which sample comes
-when, ``storage`` brings its bytes, ``decode`` and ``tokenizer`` make pixels and ids of them, ``pack`` and ``lane`` lay
-them into sequences, and ``loader`` hands a rank its part of each optimizer step. ``samples`` reads shards front to back
-for evaluation; ``dataset`` is the same order for other people's training loops. Nothing here imports DeepSpeed, and what
-the decoding processes load (``worker`` and all that it imports) not even torch.
+``order`` says which sample comes when, ``shards`` where it lies and what its bytes are, ``remote`` brings shards that are
+no local files, ``sample`` makes pixels and token ids of the bytes and packs them, and ``loader`` hands a rank its part of
+each step. ``library`` is the same order for other people's training loops. Nothing here imports DeepSpeed, and what the
+worker processes load (``loader.worker`` and all that it imports) not even torch.
 """
 
 from __future__ import annotations
@@ -13,21 +12,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megamoe.data.catalog import BadShard
-    from megamoe.data.dataset import ShardDataset
-    from megamoe.data.decode import CorruptSample
-    from megamoe.data.samples import read_samples
-    from megamoe.data.shards import expand_shards
+    from megamoe.data.library.dataset import ShardDataset
+    from megamoe.data.sample.decode import CorruptSample
+    from megamoe.data.shards.catalog import BadShard
+    from megamoe.data.shards.expand import expand_shards
+    from megamoe.data.shards.sequential import read_samples
 
 __all__ = ["BadShard", "CorruptSample", "ShardDataset", "expand_shards", "read_samples"]
 
 # imported when they are asked for: torch and webdataset take seconds, and `megamoe --help` needs neither
 _MODULES = {
-    "BadShard": "catalog",
-    "CorruptSample": "decode",
-    "ShardDataset": "dataset",
-    "expand_shards": "shards",
-    "read_samples": "samples",
+    "BadShard": "shards.catalog",
+    "CorruptSample": "sample.decode",
+    "ShardDataset": "library.dataset",
+    "expand_shards": "shards.expand",
+    "read_samples": "shards.sequential",
 }
 
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megamoe.checkpoint import LoadedModel, load_model
-from megamoe.data.samples import Sample, read_samples
-from megamoe.data.sources import open_cache
-from megamoe.data.tokenizer import Tokenizer
-from megamoe.errors import DataError, UserError
-from megamoe.evaluate.decode import greedy_decode, hidden_states
+from megamoe.core.errors import DataError, UserError
+from megamoe.data.sample.tokenizer import Tokenizer
+from megamoe.data.shards.from_config import open_cache
+from megamoe.data.shards.sequential import Sample, read_samples
+from megamoe.evaluate.greedy import greedy_decode, hidden_states
 from megamoe.evaluate.results import check_name, png_base64, results_folder, write_results
 from megamoe.model.batch import IGNORE
 from megamoe.model.stack import HeadLayer, Stack

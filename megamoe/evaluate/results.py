@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from megamoe.data.files import atomic_file
-from megamoe.errors import UserError
+from megamoe.core.errors import UserError
+from megamoe.core.files import atomic_file
 
 MAIN_SPLIT = "validation"
 RESULTS_FILE = "eval.json"

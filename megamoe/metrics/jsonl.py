@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megamoe.errors import UserError
+from megamoe.core.errors import UserError
 
 
 def to_line(record: Mapping[str, object]) -> bytes:

@@ -48,7 +48,7 @@ class TensorBoardSink:
         self._since: Counter[str] = Counter()  # what the data gave and cost since the last record that was written
 
     def write(self, record: Mapping[str, object]) -> None:
-        """Write a record of the stream (:mod:`megamoe.metrics.stream`) when its step is due; step 1 always is.
+        """Write a record of the stream (:mod:`megamoe.metrics.metrics_file`) when its step is due; step 1 always is.
 
         What the data gave and cost is added up over the steps in between.
         """

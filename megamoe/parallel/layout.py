@@ -7,7 +7,7 @@ from itertools import accumulate
 
 from megamoe.config import Config
 from megamoe.config.size import LayerSize, ModelSize, model_size
-from megamoe.errors import UserError
+from megamoe.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from markupsafe import Markup
 
 from megamoe.config import Config, load_config
 from megamoe.config.size import model_size
-from megamoe.errors import UserError
-from megamoe.metrics.stream import METRICS_FILE, read_metrics
+from megamoe.core.errors import UserError
+from megamoe.metrics.metrics_file import METRICS_FILE, read_metrics
 from megamoe.parallel.layout import plan_layout
 from megamoe.report.figures import Array, curves, expert_heat_map
 

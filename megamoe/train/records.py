@@ -13,13 +13,13 @@ import numpy.typing as npt
 import torch
 
 from megamoe.config import Config
-from megamoe.data.lane import LostSample
-from megamoe.data.loader import StepBatch
-from megamoe.data.tokenizer import Tokenizer
+from megamoe.data.loader.lane import LostSample
+from megamoe.data.loader.step_loader import StepBatch
+from megamoe.data.sample.tokenizer import Tokenizer
 from megamoe.metrics import jsonl
 from megamoe.metrics.audit import AuditWriter
-from megamoe.metrics.progress import Progress
-from megamoe.metrics.stream import MetricsWriter
+from megamoe.metrics.metrics_file import MetricsWriter
+from megamoe.metrics.progress_bar import Progress
 from megamoe.metrics.tensorboard import TensorBoardSink
 
 _PICTURES = 8

@@ -10,16 +10,16 @@ import torch.distributed as dist
 
 from megamoe.checkpoint.checkpointer import Checkpointer
 from megamoe.checkpoint.folders import checkpoints_of, retain, set_aside, tidy
-from megamoe.checkpoint.load import find_checkpoint
 from megamoe.checkpoint.manifest import check_sizes, read_manifest
+from megamoe.checkpoint.reading import find_checkpoint
 from megamoe.checkpoint.remote import RemoteCheckpoints
-from megamoe.checkpoint.state import TrainState, check_fits
+from megamoe.checkpoint.train_state import TrainState, check_fits
 from megamoe.config import Config
-from megamoe.data.files import remove_unfinished
-from megamoe.data.state import DataState
-from megamoe.errors import CheckpointError, DamagedCheckpoint
+from megamoe.core.errors import CheckpointError, DamagedCheckpoint
+from megamoe.core.files import remove_unfinished
+from megamoe.data.order.position import DataState
 from megamoe.metrics.audit import truncate_audit
-from megamoe.parallel.agree import from_rank_0
+from megamoe.parallel.broadcast import from_rank_0
 from megamoe.train.records import truncate_lost
 
 

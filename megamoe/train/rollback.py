@@ -7,9 +7,9 @@ import sys
 import torch.distributed as dist
 
 from megamoe.checkpoint.checkpointer import Checkpointer
-from megamoe.checkpoint.state import TrainState
+from megamoe.checkpoint.train_state import TrainState
 from megamoe.config import Config
-from megamoe.errors import SpikeError
+from megamoe.core.errors import SpikeError
 from megamoe.train.resume import Resume, checkpoints_before
 from megamoe.train.spikes import SpikeWatch
 

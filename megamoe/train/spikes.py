@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from megamoe.config.schema import TrainConfig
-from megamoe.errors import CheckpointError
+from megamoe.core.errors import CheckpointError
 
 _TO_SIGMA = 1.4826  # median absolute deviation of a normal distribution -> its standard deviation
 # Where a run goes smoothly its spread is next to nothing, and a threshold in units of that would fire at any change. So the

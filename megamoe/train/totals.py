@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megamoe.data.loader import StepBatch
-from megamoe.errors import DataError
+from megamoe.core.errors import DataError
+from megamoe.data.loader.step_loader import StepBatch
 
 # Before that many samples a single bad one would already be a large share.
 _SAMPLES_BEFORE_LIMIT = 1000
@@ -26,8 +26,8 @@ class StepTotals:
     ``drawn``: samples that the lanes have moved on by; incomplete ones, which have no place in a lane, are lost as well.
     ``lost_shard``: those of the samples lost whose shard is in quarantine. ``stops``: ranks that were asked to stop.
     ``failed``: ranks whose part is missing; then the other counts mean nothing. ``sources``: by name, what each source gave
-    (:meth:`megamoe.data.lane.LanePacker.next_sequence`); ``reading``: what bringing it took
-    (:class:`megamoe.data.worker.WorkerItem`).
+    (:meth:`megamoe.data.loader.lane.LanePacker.next_sequence`); ``reading``: what bringing it took
+    (:class:`megamoe.data.loader.worker.WorkerItem`).
     """
 
     targets: int

@@ -11,27 +11,27 @@ import torch.distributed as dist
 
 from megamoe import __version__
 from megamoe.checkpoint.checkpointer import Checkpointer
-from megamoe.checkpoint.state import TrainState
+from megamoe.checkpoint.train_state import TrainState
 from megamoe.config import Config
 from megamoe.config.size import model_size
-from megamoe.data.catalog import DataSet, data_fingerprint
-from megamoe.data.loader import StepBatch, StepLoader
-from megamoe.data.sources import open_cache
-from megamoe.data.state import DataState
-from megamoe.data.tokenizer import Tokenizer
-from megamoe.errors import DataError, DisagreementError, NonFiniteError, SpikeError
-from megamoe.parallel.agreement import check_agreement
-from megamoe.parallel.engine import StepResult, TrainEngine
+from megamoe.core.errors import DataError, DisagreementError, NonFiniteError, SpikeError
+from megamoe.data.loader.step_loader import StepBatch, StepLoader
+from megamoe.data.order.position import DataState
+from megamoe.data.sample.tokenizer import Tokenizer
+from megamoe.data.shards.catalog import DataSet, data_fingerprint
+from megamoe.data.shards.from_config import open_cache
+from megamoe.parallel.consistency import check_agreement
+from megamoe.parallel.deepspeed.engine import StepResult, TrainEngine
+from megamoe.parallel.deepspeed.main_parameter_sums import MasterSums
 from megamoe.parallel.layout import Layout
-from megamoe.parallel.masters import MasterSums
 from megamoe.parallel.memory import peak_memory, predict_memory
-from megamoe.train.data import next_batch
+from megamoe.train.next_batch import next_batch
 from megamoe.train.records import RunRecords
 from megamoe.train.resume import Resume
 from megamoe.train.rollback import go_back
 from megamoe.train.schedule import learning_rate
 from megamoe.train.spikes import SpikeWatch
-from megamoe.train.stop import StopRequest
+from megamoe.train.stop_request import StopRequest
 from megamoe.train.totals import StepTotals, check_losses
 from megamoe.train.watchdog import Watchdog
 

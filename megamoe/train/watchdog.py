@@ -15,7 +15,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from megamoe.statuses import HUNG
+from megamoe.core.exit_status import HUNG
 
 SLOW = 10
 """Start-up (the first step included: kernels are compiled, shards fetched) and saving may take so many times longer."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import simplejpeg
 
-from megamoe.bench import data
+from megamoe.bench import loader as data
 from megamoe.bench.pictures import picture, write_shards
 from tests.training import megamoe
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from megamoe.checkpoint import folders, tensorfile
 from megamoe.checkpoint.folders import checkpoints_of, incomplete_path, publish, set_aside, tidy, to_delete
 from megamoe.checkpoint.tensorfile import FileSum, TensorFile, write_tensors
-from megamoe.errors import DamagedCheckpoint
+from megamoe.core.errors import DamagedCheckpoint
 
 BLOCK = 4096
 

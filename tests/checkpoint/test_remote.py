@@ -16,7 +16,7 @@ from megamoe.checkpoint.mirror import Mirror
 from megamoe.checkpoint.remote import RemoteCheckpoints
 from megamoe.checkpoint.tensorfile import write_tensors
 from megamoe.config.schema import CheckpointConfig
-from megamoe.errors import CheckpointError, DamagedCheckpoint
+from megamoe.core.errors import CheckpointError, DamagedCheckpoint
 from tests.training import largest_difference, make_data, metrics, small_config, train, write_config
 
 s3fs = pytest.importorskip("s3fs", reason="needs s3fs")

@@ -13,13 +13,13 @@ from click.testing import CliRunner, Result
 
 from megamoe.checkpoint.contents import expected_tensors, expected_weights
 from megamoe.checkpoint.manifest import Manifest, StoredTensor, model_fingerprint, read_manifest, write_manifest
-from megamoe.checkpoint.state import TrainState
 from megamoe.checkpoint.tensorfile import write_tensors
+from megamoe.checkpoint.train_state import TrainState
 from megamoe.checkpoint.verify import verify_checkpoint
 from megamoe.commands.checkpoint import checkpoint
 from megamoe.config import Config, load_config
 from megamoe.config.size import model_size
-from megamoe.errors import CheckpointError, DamagedCheckpoint
+from megamoe.core.errors import CheckpointError, DamagedCheckpoint
 from tests.training import ROOT, small_config
 
 EXPERTS = "weight/decoder.blocks.1.mlp.experts.gate_up"

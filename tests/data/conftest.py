@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megamoe.data.tokenizer import Tokenizer
-from megamoe.data.vocabulary import train_tokenizer
+from megamoe.data.sample.tokenizer import Tokenizer
+from megamoe.data.sample.vocabulary import train_tokenizer
 from tests.data.shard_factory import caption
 
 

@@ -12,11 +12,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from megamoe.config.schema import DataConfig, VisionConfig
-from megamoe.data.cache import ShardCache
-from megamoe.data.catalog import DataSet
-from megamoe.data.lane import LostSample
-from megamoe.data.loader import StepBatch, StepLoader
-from megamoe.data.tokenizer import Tokenizer
+from megamoe.data.loader.lane import LostSample
+from megamoe.data.loader.step_loader import StepBatch, StepLoader
+from megamoe.data.remote.cache import ShardCache
+from megamoe.data.sample.tokenizer import Tokenizer
+from megamoe.data.shards.catalog import DataSet
 from tests.data.shard_factory import caption
 
 _GRID = 4  # 16 squares, dark or light: the bits of a number

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from megamoe.data.catalog import DataSet, Source
-from megamoe.data.index import learn_index
+from megamoe.data.shards.catalog import DataSet, Source
+from megamoe.data.shards.index import learn_index
 
 COLOURS = ("red", "green", "blue", "black")
 Members = Sequence[tuple[str, bytes]]

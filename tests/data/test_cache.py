@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from megamoe.data.cache import Fetched, ShardCache
-from megamoe.data.remote import ShardUnavailable
-from megamoe.data.stream import Patience
-from megamoe.errors import DataError
+from megamoe.core.errors import DataError
+from megamoe.data.remote.cache import Fetched, ShardCache
+from megamoe.data.remote.download import ShardUnavailable
+from megamoe.data.remote.stream import Patience
 from tests.data import shard_server
 from tests.data.shard_factory import write_tar
 from tests.data.shard_server import Handler, ShardServer, serving
@@ -191,7 +191,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(server: ShardServer, tmp_path:
 FETCH = """
 import sys
 from pathlib import Path
-from megamoe.data.cache import ShardCache
+from megamoe.data.remote.cache import ShardCache
 _, fetched = ShardCache(Path(sys.argv[1]), None).open(sys.argv[2])
 print(fetched.hit, fetched.path)
 """

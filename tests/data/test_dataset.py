@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from megamoe.core.errors import DataError, UserError
 from megamoe.data import BadShard, CorruptSample, ShardDataset
-from megamoe.data.index import learn_index
-from megamoe.data.progress import Share
-from megamoe.errors import DataError, UserError
+from megamoe.data.library.dataset_position import Share
+from megamoe.data.shards.index import learn_index
 from tests.data.shard_factory import caption, jpeg, sample, write_tar
 
 COUNTS = (17, 30, 9, 22, 30, 12)  # 120 samples

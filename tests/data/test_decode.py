@@ -12,7 +12,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from megamoe.data.decode import MAX_PIXELS, CorruptSample, decode_caption, decode_image
+from megamoe.data.sample.decode import MAX_PIXELS, CorruptSample, decode_caption, decode_image
 
 LEFT_RED = np.zeros((40, 60, 3), np.uint8)
 LEFT_RED[:, :30], LEFT_RED[:, 30:] = (220, 20, 20), (20, 20, 220)

@@ -15,8 +15,8 @@ import yaml
 from click.testing import CliRunner
 from PIL import Image
 
-from data_tools.cli import data
-from data_tools.synth import synthesize
+from data_tools.verbs.synth import synthesize
+from megamoe.commands.data.group import data
 from megamoe.config.load import parse_config
 
 PAGE = Path(__file__).parents[2] / "docs/data.md"

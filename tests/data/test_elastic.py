@@ -18,12 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megamoe.config.schema import DataConfig, VisionConfig
-from megamoe.data.catalog import Catalog, DataSet, Source
-from megamoe.data.loader import StepLoader
-from megamoe.data.order import SampleOrder
-from megamoe.data.state import DataState, earliest
-from megamoe.data.storage import Storage
-from megamoe.data.tokenizer import Tokenizer
+from megamoe.data.loader.step_loader import StepLoader
+from megamoe.data.order.position import DataState, earliest
+from megamoe.data.order.sample_order import SampleOrder
+from megamoe.data.sample.tokenizer import Tokenizer
+from megamoe.data.shards.catalog import Catalog, DataSet, Source
+from megamoe.data.shards.storage import Storage
 from tests.data.shard_factory import jpeg, sample, write_tar
 
 LANES, SEED, WINDOW = 24, 11, 2

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megamoe.data.catalog import DataSet, Source
-from megamoe.data.tokenizer import Tokenizer
+from megamoe.data.sample.tokenizer import Tokenizer
+from megamoe.data.shards.catalog import DataSet, Source
 from tests.data.pairs import Seen, grid, make_loader, pair, picture, see
 from tests.data.shard_factory import Members, caption, write_tar
 from tests.data.test_decode import png_header

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from megamoe.data import lane as lane_module
-from megamoe.data.cache import CacheUnusable, ShardCache
-from megamoe.data.catalog import BadShard, DataSet, Source
-from megamoe.data.index import learn_index
-from megamoe.data.loader import StepLoader
-from megamoe.data.split import key_hash
-from megamoe.data.stream import Patience
-from megamoe.data.tokenizer import Tokenizer
-from megamoe.errors import DataError
+from megamoe.core.errors import DataError
+from megamoe.data.loader import lane as lane_module
+from megamoe.data.loader.step_loader import StepLoader
+from megamoe.data.remote.cache import CacheUnusable, ShardCache
+from megamoe.data.remote.stream import Patience
+from megamoe.data.sample.tokenizer import Tokenizer
+from megamoe.data.shards.catalog import BadShard, DataSet, Source
+from megamoe.data.shards.held_out import key_hash
+from megamoe.data.shards.index import learn_index
 from tests.data import shard_server
 from tests.data.pairs import Seen, make_loader, pair, see
 from tests.data.shard_factory import write_tar

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megamoe.data.catalog import Catalog, DataSet, Source, data_fingerprint
-from megamoe.data.index import ShardIndex, build_index, index_path, learn_index, load_index, write_index
-from megamoe.data.storage import Storage
-from megamoe.errors import DataError
+from megamoe.core.errors import DataError
+from megamoe.data.shards.catalog import Catalog, DataSet, Source, data_fingerprint
+from megamoe.data.shards.index import ShardIndex, build_index, index_path, learn_index, load_index, write_index
+from megamoe.data.shards.storage import Storage
 from tests.data.shard_factory import make_set, sample, write_tar
 
 NOTO = Path(__file__).parents[2] / "../shared/data/noto-emoji"

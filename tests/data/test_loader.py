@@ -20,15 +20,15 @@ import pytest
 import torch
 
 from megamoe.config.schema import DataConfig, VisionConfig
-from megamoe.data import lane as lane_module
-from megamoe.data.catalog import BadShard, Catalog, DataSet
-from megamoe.data.loader import StepBatch, StepLoader, _InWorkers
-from megamoe.data.order import Anchor, SampleOrder
-from megamoe.data.processes import WorkerDied
-from megamoe.data.state import DataState, earliest
-from megamoe.data.storage import Storage
-from megamoe.data.tokenizer import Tokenizer
-from megamoe.errors import DataError, UserError
+from megamoe.core.errors import DataError, UserError
+from megamoe.data.loader import lane as lane_module
+from megamoe.data.loader.processes import WorkerDied
+from megamoe.data.loader.step_loader import StepBatch, StepLoader, _InWorkers
+from megamoe.data.order.position import DataState, earliest
+from megamoe.data.order.sample_order import Anchor, SampleOrder
+from megamoe.data.sample.tokenizer import Tokenizer
+from megamoe.data.shards.catalog import BadShard, Catalog, DataSet
+from megamoe.data.shards.storage import Storage
 from tests.data.shard_factory import jpeg, make_set
 
 VISION = VisionConfig(image_size=16, patch_size=8)
@@ -352,9 +352,9 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from megamoe.config.schema import DataConfig, VisionConfig
-from megamoe.data.catalog import DataSet, Source
-from megamoe.data.loader import StepLoader
-from megamoe.data.tokenizer import Tokenizer
+from megamoe.data.shards.catalog import DataSet, Source
+from megamoe.data.loader.step_loader import StepLoader
+from megamoe.data.sample.tokenizer import Tokenizer
 if __name__ == "__main__":
     shards = DataSet([Source("0", sys.argv[3:])])
     data = DataConfig(sequence_length=48, images_per_sequence=3, workers=2)

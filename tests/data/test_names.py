@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from megamoe.config.schema import DataConfig
-from megamoe.data.catalog import DataSet, Source, data_fingerprint
-from megamoe.data.index import index_path
-from megamoe.data.labels import ShardLabels, shard_labels
-from megamoe.data.names import ShardNames, name_hashes, repeated
-from megamoe.data.shards import expand_shards, iter_shards
-from megamoe.data.sources import open_data_set
-from megamoe.data.urls import unsigned
-from megamoe.errors import DataError
+from megamoe.core.errors import DataError
+from megamoe.core.urls import unsigned
+from megamoe.data.shards.catalog import DataSet, Source, data_fingerprint
+from megamoe.data.shards.expand import expand_shards, iter_shards
+from megamoe.data.shards.from_config import open_data_set
+from megamoe.data.shards.index import index_path
+from megamoe.data.shards.labels import ShardLabels, shard_labels
+from megamoe.data.shards.names import ShardNames, name_hashes, repeated
 
 S3 = "X-Amz-Algorithm=AWS4&X-Amz-Credential={0}&X-Amz-Expires=900&X-Amz-Signature={0}"
 AZURE = "sv=2024&sr=b&st={0}&se={0}&sp=r&sig={0}"

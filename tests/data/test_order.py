@@ -11,8 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamoe.data.order import BLOCK, Anchor, SampleOrder, SampleRef, _keys, _Mixture, _shuffled_block, shuffled
-from megamoe.errors import DataError
+from megamoe.core.errors import DataError
+from megamoe.data.order.sample_order import (
+    BLOCK,
+    Anchor,
+    SampleOrder,
+    SampleRef,
+    _keys,
+    _Mixture,
+    _shuffled_block,
+    shuffled,
+)
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any)
 SEEDS = st.integers(0, 2**70)

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamoe.data.pack import IGNORED, PackShape, SequenceBuilder
-from megamoe.data.tokenizer import Tokenizer
+from megamoe.data.sample.pack import IGNORED, PackShape, SequenceBuilder
+from megamoe.data.sample.tokenizer import Tokenizer
 
 P, SLOTS = 4, 3
 

@@ -15,10 +15,10 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFile
 
-from megamoe.data.remote import Download, ShardUnavailable, download
-from megamoe.data.stream import Patience
-from megamoe.data.urls import masked
-from megamoe.errors import DataError
+from megamoe.core.errors import DataError
+from megamoe.core.urls import masked
+from megamoe.data.remote.download import Download, ShardUnavailable, download
+from megamoe.data.remote.stream import Patience
 from tests.data import shard_server
 from tests.data.shard_factory import sample, write_tar
 from tests.data.shard_server import Handler, ShardServer, serving

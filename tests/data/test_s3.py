@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from megamoe.data.cache import ShardCache
-from megamoe.data.remote import ShardUnavailable, download
-from megamoe.data.shards import expand_shards
-from megamoe.data.stream import Patience
-from megamoe.errors import DataError
+from megamoe.core.errors import DataError
+from megamoe.data.remote import download
+from megamoe.data.remote.cache import ShardCache
+from megamoe.data.remote.download import ShardUnavailable
+from megamoe.data.remote.stream import Patience
+from megamoe.data.shards.expand import expand_shards
 from tests.data.test_cache import fetch
 
 s3fs = pytest.importorskip("s3fs", reason="needs s3fs")

@@ -10,9 +10,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from megamoe.data.labels import shard_labels
-from megamoe.data.shards import expand_shards, is_remote
-from megamoe.errors import DataError
+from megamoe.core.errors import DataError
+from megamoe.data.shards.expand import expand_shards, is_remote
+from megamoe.data.shards.labels import shard_labels
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamoe.data.index import build_index
-from megamoe.data.tar import checksum_is_right, open_for_walk, walk
-from megamoe.errors import DataError
+from megamoe.core.errors import DataError
+from megamoe.data.shards.index import build_index
+from megamoe.data.shards.tar import checksum_is_right, open_for_walk, walk
 from tests.data.shard_factory import sample, write_tar
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)

@@ -12,8 +12,8 @@ import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megamoe.data.tokenizer import Tokenizer
-from megamoe.errors import DataError
+from megamoe.core.errors import DataError
+from megamoe.data.sample.tokenizer import Tokenizer
 
 
 @given(st.text(st.characters(codec="utf-8")))

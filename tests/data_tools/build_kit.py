@@ -12,7 +12,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from data_tools.cli import data
+from megamoe.commands.data.group import data
 
 
 def build(source: object, out: object, *options: object) -> Result:

@@ -14,7 +14,7 @@ import numpy as np
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from data_tools.cli import data
+from megamoe.commands.data.group import data
 from tests.data.shard_factory import caption, jpeg, write_tar
 
 Members = dict[str, bytes]

@@ -17,8 +17,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from megamoe.data.decode import decode_image
-from megamoe.errors import DataError
+from megamoe.core.errors import DataError
+from megamoe.data.sample.decode import decode_image
 from tests.data.shard_factory import jpeg, write_tar
 from tests.data_tools.build_kit import build, members, metadata, picture, rows, shard_bytes, stats
 
@@ -200,7 +200,15 @@ def test_two_processes_make_the_shards_that_one_makes(tmp_path: Path) -> None:
 def test_a_killed_build_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
     source = folder(tmp_path / "in", 600)
     options = ("--shard-size", 20, "--resize-mode", "border", "--image-size", 400)
-    call = [sys.executable, "-c", "from data_tools.cli import data; data()", "build", source, tmp_path / "out", *options]
+    call = [
+        sys.executable,
+        "-c",
+        "from megamoe.commands.data.group import data; data()",
+        "build",
+        source,
+        tmp_path / "out",
+        *options,
+    ]
     job = subprocess.Popen([*map(str, call), "--processes", "2"], cwd=Path(__file__).parents[2])
     limit = time.monotonic() + 30
     while len(list((tmp_path / "out").glob("*_stats.json"))) < 3 and time.monotonic() < limit:

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from data_tools.sources.columns import Names
 from data_tools.sources.recognise import open_source
-from megamoe.data.index import build_index, learn_index
-from megamoe.errors import DataError
+from megamoe.core.errors import DataError
+from megamoe.data.shards.index import build_index, learn_index
 from tests.data.shard_factory import jpeg
 from tests.data_tools.build_kit import build, members, metadata, rows, stats
 

@@ -12,7 +12,7 @@ import pytest
 
 from data_tools.sources.download import AGENT, Downloader, DownloadOptions, is_disallowed
 from data_tools.sources.item import Loss
-from megamoe.errors import UserError
+from megamoe.core.errors import UserError
 from tests.data.shard_factory import jpeg
 from tests.data_tools.build_kit import build, members, metadata, rows, shard_bytes, stats
 from tests.data_tools.image_server import ImageServer, serving

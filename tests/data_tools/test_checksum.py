@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-import data_tools.checksum
-from data_tools.cli import data
-from megamoe.errors import DataError
+import data_tools.verbs.checksum
+from megamoe.commands.data.group import data
+from megamoe.core.errors import DataError
 
 
 def run(*arguments: object) -> Result:
@@ -95,7 +95,7 @@ def test_a_sum_that_changed_is_said_so(folder: Path) -> None:
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    digest = data_tools.checksum._digest
+    digest = data_tools.verbs.checksum._digest
 
     def stopping(shard: Path) -> str | None:
         if shard.name == "00002.tar" and not read.count(shard.name):
@@ -104,7 +104,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(folder: Path, monkeypatch: 
         read.append(shard.name)
         return digest(shard)
 
-    monkeypatch.setattr(data_tools.checksum, "_digest", stopping)
+    monkeypatch.setattr(data_tools.verbs.checksum, "_digest", stopping)
     assert run(folder, "--write").exit_code != 0 and not (folder / "SHA256SUMS").exists()
     with open(folder / ".SHA256SUMS.partial", "a") as journal:
         journal.write('["00002.tar", 50')  # the line at which the power went

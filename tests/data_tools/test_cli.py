@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from data_tools.cli import data
-from data_tools.scene import CORRUPTIONS
-from data_tools.synth import synthesize
-from megamoe.data.decode import CorruptSample, decode_image
-from megamoe.data.index import load_index
-from megamoe.data.samples import Sample, read_captions, read_samples
-from megamoe.data.tokenizer import Tokenizer
-from megamoe.errors import DataError, UserError
+from data_tools.scenes.scene import CORRUPTIONS
+from data_tools.verbs.synth import synthesize
+from megamoe.commands.data.group import data
+from megamoe.core.errors import DataError, UserError
+from megamoe.data.sample.decode import CorruptSample, decode_image
+from megamoe.data.sample.tokenizer import Tokenizer
+from megamoe.data.shards.index import load_index
+from megamoe.data.shards.sequential import Sample, read_captions, read_samples
 
 
 def run(*arguments: object) -> Result:

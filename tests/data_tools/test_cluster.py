@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-import data_tools.cluster
-import data_tools.slurm
-from data_tools.cli import data
-from data_tools.jobs import map_jobs
-from megamoe.errors import UserError
+import data_tools.distribute.dask_cluster
+import data_tools.distribute.slurm_workers
+from data_tools.distribute.jobs import map_jobs
+from megamoe.commands.data.group import data
+from megamoe.core.errors import UserError
 from tests.data.shard_factory import sample, write_tar
 from tests.data_tools import work
 from tests.data_tools.build_kit import shard_bytes
@@ -142,15 +142,15 @@ def test_a_result_that_does_not_come_is_given_up_for_now_with_a_stand_in_for_a_f
         def result(self, timeout: float) -> None:
             raise TimeoutError(timeout)
 
-    with pytest.raises(data_tools.cluster._NotYetError):
-        data_tools.cluster._result(Late())
+    with pytest.raises(data_tools.distribute.dask_cluster._NotYetError):
+        data_tools.distribute.dask_cluster._result(Late())
     Late.status = "error"  # then it is the job itself that ran out of time
     with pytest.raises(TimeoutError):
-        data_tools.cluster._result(Late())
+        data_tools.distribute.dask_cluster._result(Late())
 
 
 def test_a_cluster_that_cannot_be_used_is_refused_in_one_line(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_tools.cluster, "_ANSWER", 1.0)
+    monkeypatch.setattr(data_tools.distribute.dask_cluster, "_ANSWER", 1.0)
     nobody = f"tcp://127.0.0.1:{free_port()}"
     for given, processes, message in (
         ("slrum", None, "--cluster slrum: no such cluster; give tcp://HOST:PORT of a running scheduler, or slurm"),
@@ -221,7 +221,7 @@ def test_ctrl_c_stays_an_interruption_when_dask_jobqueue_is_there(config: Path) 
     program = f"""
 import signal
 from pathlib import Path
-from data_tools.slurm import use_config
+from data_tools.distribute.slurm_workers import use_config
 use_config(Path({str(config)!r}))
 signal.raise_signal(signal.SIGINT)"""
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -249,7 +249,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_settings_of_slurm_come_from_a_file_and_a_wrong_one_is_named(tmp_path: Path, config: Path) -> None:
-    from data_tools.slurm import use_config
+    from data_tools.distribute.slurm_workers import use_config
 
     for text, message in (
         (CONFIG.replace("memory", "memroy"), "jobqueue.slurm.memroy is no setting of dask-jobqueue; nearest: memory"),
@@ -268,8 +268,8 @@ def test_settings_of_slurm_come_from_a_file_and_a_wrong_one_is_named(tmp_path: P
 def test_slurm_jobs_of_a_stand_in_do_the_work_and_one_that_dies_is_replaced_though_no_slurm_daemon_ran(
     tmp_path: Path, config: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_tools.slurm, "_ASK_EVERY", 1.0)
-    data_tools.slurm.use_config(config)
+    monkeypatch.setattr(data_tools.distribute.slurm_workers, "_ASK_EVERY", 1.0)
+    data_tools.distribute.slurm_workers.use_config(config)
     found = []
     for n, (squared, _) in map_jobs(work.square_by, range(300), label="square", cluster="slurm", processes=2):
         found.append(squared)
@@ -302,7 +302,7 @@ def test_slurm_jobs_of_a_stand_in_do_the_work_and_one_that_dies_is_replaced_thou
 def test_what_sbatch_says_is_told_when_it_refuses_though_no_slurm_daemon_ran(
     tmp_path: Path, config: Path, stand_in: Path
 ) -> None:
-    from data_tools.slurm import use_config
+    from data_tools.distribute.slurm_workers import use_config
 
     use_config(config)
     (stand_in / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: invalid account' >&2; exit 1\n")
@@ -316,8 +316,8 @@ def test_what_sbatch_says_is_told_when_it_refuses_though_no_slurm_daemon_ran(
 def test_a_job_that_ends_before_its_workers_come_is_named_though_no_slurm_daemon_ran(
     config: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_tools.slurm, "_ASK_EVERY", 0.5)
-    data_tools.slurm.use_config(config)
+    monkeypatch.setattr(data_tools.distribute.slurm_workers, "_ASK_EVERY", 0.5)
+    data_tools.distribute.slurm_workers.use_config(config)
     with (
         dask.config.set({"jobqueue.slurm.python": "/nowhere/python"}),
         pytest.raises(UserError, match="job 1 was over before"),

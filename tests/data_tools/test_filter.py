@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.conditions import picture_size
-from megamoe.errors import DataError, UserError
+from data_tools.checks.conditions import picture_size
+from megamoe.core.errors import DataError, UserError
 from tests.data_tools.shaping import (
     digests,
     full_sample,

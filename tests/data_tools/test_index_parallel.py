@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from data_tools.cli import data
-from megamoe.data.index import load_index
-from megamoe.errors import DataError
+from megamoe.commands.data.group import data
+from megamoe.core.errors import DataError
+from megamoe.data.shards.index import load_index
 from tests.data.shard_factory import sample, write_tar
 
 

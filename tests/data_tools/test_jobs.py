@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.jobs import map_jobs
-from megamoe.errors import UserError
+from data_tools.distribute.jobs import map_jobs
+from megamoe.core.errors import UserError
 from tests.data_tools import work
 
 ROOT = Path(__file__).parents[2]

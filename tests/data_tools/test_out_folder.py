@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megamoe.errors import DataError
+from megamoe.core.errors import DataError
 from tests.data_tools.shaping import digests, numbered, outcome, run
 
 VERBS = {

@@ -17,10 +17,10 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.cli import data
-from data_tools.salvage import salvage
-from megamoe.data.index import build_index
-from megamoe.errors import DataError
+from data_tools.checks.salvage import salvage
+from megamoe.commands.data.group import data
+from megamoe.core.errors import DataError
+from megamoe.data.shards.index import build_index
 from tests.data.shard_factory import caption, jpeg, sample, write_tar
 
 Samples = dict[str, dict[str, bytes]]

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.reshard import reshard_shards
-from data_tools.shuffle import shuffled
-from data_tools.spans import SPAN, ShardToScan, read_span, scan_shard
-from megamoe.data.index import build_index
-from megamoe.errors import DataError, UserError
+from data_tools.verbs.reshard import reshard_shards
+from data_tools.writing.shuffle import shuffled
+from data_tools.writing.spans import SPAN, ShardToScan, read_span, scan_shard
+from megamoe.core.errors import DataError, UserError
+from megamoe.data.shards.index import build_index
 from tests.data.shard_factory import write_tar
 from tests.data_tools.shaping import (
     Members,

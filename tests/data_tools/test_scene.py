@@ -8,8 +8,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from data_tools.render import render
-from data_tools.scene import (
+from data_tools.scenes.render import render
+from data_tools.scenes.scene import (
     COLOURS,
     COUNTS,
     HELD_OUT,

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamoe.data.split import bounds, held_out, key_hash
-from megamoe.errors import UserError
+from megamoe.core.errors import UserError
+from megamoe.data.shards.held_out import bounds, held_out, key_hash
 from tests.data_tools.shaping import numbered, outcome, read_folder, run
 
 

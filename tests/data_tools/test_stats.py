@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import megamoe.report.figures
-from data_tools import stats as stats_module
-from data_tools.cli import data
-from data_tools.sketch import Sketch
-from megamoe.data.tokenizer import Tokenizer
-from megamoe.data.vocabulary import train_tokenizer
-from megamoe.errors import DataError
+from data_tools.stats import collect as stats_module
+from data_tools.stats.sketch import Sketch
+from megamoe.commands.data.group import data
+from megamoe.core.errors import DataError
+from megamoe.data.sample.tokenizer import Tokenizer
+from megamoe.data.sample.vocabulary import train_tokenizer
 from tests.data.shard_factory import caption, write_tar
 
 N = 120

@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from data_tools.cli import data
-from megamoe.data.index import build_index, index_path, write_index
-from megamoe.errors import DataError
+from megamoe.commands.data.group import data
+from megamoe.core.errors import DataError
+from megamoe.data.shards.index import build_index, index_path, write_index
 from tests.data.shard_factory import jpeg, sample, write_tar
 
 PICTURE, TEXT = sample(1)

@@ -67,7 +67,7 @@ def fail_oddly(n: int) -> int:
 
 def write_slowly(folder: Path) -> None:
     """Holds an unfinished file for a minute."""
-    from megamoe.data.files import atomic_file
+    from megamoe.core.files import atomic_file
 
     with atomic_file(folder / f"made-{os.getpid()}") as file:
         file.write(b"x")
@@ -77,9 +77,9 @@ def write_slowly(folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    from data_tools.cli import data
-    from data_tools.jobs import map_jobs
+    from data_tools.distribute.jobs import map_jobs
     from megamoe.cli import main as megamoe
+    from megamoe.commands.data.group import data
 
     @data.command()
     def slow() -> None:

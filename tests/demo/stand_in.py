@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from launcher.local import launch_local
+from launcher.local.launch import launch_local
 from megamoe.config.schema import LaunchConfig
 from megamoe.metrics import MetricsWriter
 

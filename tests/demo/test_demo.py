@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def demo(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from megamoe.demo import run_demo; sys.exit(run_demo([sys.executable, sys.argv[1]]))"
+    code = "import sys; from megamoe.commands.demo_run import run_demo; sys.exit(run_demo([sys.executable, sys.argv[1]]))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "EXACT_MATCH": "0.97", **variables}
     return subprocess.run(
         [sys.executable, "-c", code, str(STAND_IN)],

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from megamoe.checkpoint import LoadedModel, load_model
-from megamoe.data.index import learn_index
-from megamoe.data.pack import PackShape, SequenceBuilder
-from megamoe.data.samples import read_samples
-from megamoe.errors import CheckpointError, DataError, UserError
+from megamoe.core.errors import CheckpointError, DataError, UserError
+from megamoe.data.sample.pack import PackShape, SequenceBuilder
+from megamoe.data.shards.index import learn_index
+from megamoe.data.shards.sequential import read_samples
 from megamoe.evaluate import caption as caption_module
 from megamoe.evaluate.caption import evaluate_caption
 from megamoe.evaluate.results import read_results, results_folder, write_results

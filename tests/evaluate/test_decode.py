@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megamoe.config import Config
-from megamoe.evaluate.decode import greedy_decode
+from megamoe.evaluate.greedy import greedy_decode
 from megamoe.model.batch import IGNORE
 from megamoe.model.moe import Router
 from megamoe.model.stack import DecoderLayer, HeadLayer, Stack

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megamoe.errors import UserError
-from megamoe.evaluate.generate import caption_image
+from megamoe.core.errors import UserError
+from megamoe.evaluate.caption_image import caption_image
 from tests.data.shard_factory import jpeg
 from tests.evaluate.conftest import LEARNT
 

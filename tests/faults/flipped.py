@@ -15,8 +15,8 @@ import torch
 def main() -> None:
     from megamoe import cli
     from megamoe.model.parameter import info_of
-    from megamoe.parallel.engine import TrainEngine
-    from megamoe.parallel.master import owned_pieces
+    from megamoe.parallel.deepspeed.engine import TrainEngine
+    from megamoe.parallel.deepspeed.main_parameters import owned_pieces
     from megamoe.train.trainer import Trainer
 
     rank, at, kind = sys.argv[1].split(",")

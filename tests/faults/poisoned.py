@@ -11,7 +11,7 @@ import sys
 
 def main() -> None:
     from megamoe import cli
-    from megamoe.parallel.engine import TrainEngine
+    from megamoe.parallel.deepspeed.engine import TrainEngine
 
     poisoned = {int(number) for number in sys.argv[1].split(",")}
     count = 0

@@ -15,7 +15,7 @@ import sys
 
 def main() -> None:
     from megamoe import cli
-    from megamoe.parallel.engine import TrainEngine
+    from megamoe.parallel.deepspeed.engine import TrainEngine
     from megamoe.train.trainer import Trainer
 
     spec = sys.argv[1].split(",")

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from megamoe.checkpoint.verify import verify_checkpoint
-from megamoe.statuses import REQUEST_IS_WRONG, STOPPED
+from megamoe.core.exit_status import REQUEST_IS_WRONG, STOPPED
 from tests.faults.launched import Launched, launched, saved
 from tests.training import audit, metrics, small_config, train, with_fault, write_config
 

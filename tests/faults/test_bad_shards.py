@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from launcher.ranks import local_environments
+from launcher.workers.processes import local_environments
 from megamoe.checkpoint.folders import newest_checkpoint
 from megamoe.checkpoint.manifest import read_manifest
-from megamoe.data.catalog import Catalog, DataSet, Source
-from megamoe.data.order import SampleOrder
-from megamoe.data.storage import Storage
+from megamoe.data.order.sample_order import SampleOrder
+from megamoe.data.shards.catalog import Catalog, DataSet, Source
+from megamoe.data.shards.storage import Storage
 from tests.data import shard_server
 from tests.data.shard_server import Handler, ShardServer, serving
 from tests.training import LOSSES, ROOT, audit, largest_difference, megamoe, metrics, small_config, train, write_config

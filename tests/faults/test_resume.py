@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megamoe.statuses import STOPPED
+from megamoe.core.exit_status import STOPPED
 from tests.faults.launched import launched, saved
 from tests.training import ROOT, audit, largest_difference, make_data, metrics, small_config, train, write_config
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megamoe.statuses import NO_PROGRESS, STOPPED
+from megamoe.core.exit_status import NO_PROGRESS, STOPPED
 from tests.faults.launched import launched, saved
 from tests.training import make_data, metrics, small_config, write_config
 

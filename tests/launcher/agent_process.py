@@ -4,7 +4,7 @@ when the run is to be started again."""
 import sys
 from pathlib import Path
 
-from launcher.agent import run_agent
+from launcher.elastic.agent import run_agent
 
 run, node, job, hook, problems, *command = sys.argv[1:]
 sys.exit(

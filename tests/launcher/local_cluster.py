@@ -163,7 +163,7 @@ def supervised(
 
 
 def main() -> int:
-    from launcher.supervise import supervise
+    from launcher.elastic.run import supervise
     from megamoe.config import load_config
 
     run, config, resume, spec, *overrides = sys.argv[1:]

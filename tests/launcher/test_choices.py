@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from launcher.beginnings import how_it_begins, in_vain
-from launcher.history import EVENTS, History, Recovery, recoveries
-from launcher.layouts import choose_layout, layout_overrides, team_sizes
-from launcher.pool import Losses, natural
-from launcher.progress import RunState
+from launcher.elastic.events import EVENTS, History, Recovery, recoveries
+from launcher.elastic.layouts import choose_layout, layout_overrides, team_sizes
+from launcher.elastic.node_choice import Losses, natural
+from launcher.elastic.starts import how_it_begins, in_vain
+from launcher.workers.run_progress import RunState
 from megamoe.config import Config
 from megamoe.config.schema import LaunchConfig
-from megamoe.errors import UserError
+from megamoe.core.errors import UserError
 from tests.training import small_config
 
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from launcher.durations import seconds
-from megamoe.errors import UserError
+from launcher.slurm.durations import seconds
+from megamoe.core.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.environment import first_host, rank_environment
-from megamoe.errors import UserError
+from launcher.workers.environment import first_host, rank_environment
+from megamoe.core.errors import UserError
 
 # As seen in SLURM 22.05: task 5 of `srun -N2 -n7` in an allocation of three nodes.
 STEP = {

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.gpus import GIB, visible_gpus
-from launcher.health import (
+from launcher.health.gpus import GIB, visible_gpus
+from launcher.health.node import (
     Readings,
     _group_memory,
     clock_difference,

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.follow import show_log
-from launcher.request import Request, exclude_node, first_start, note_job, noted_jobs
-from launcher.submission import options_as_settings
+from launcher.slurm.follow_log import show_log
+from launcher.slurm.request import Request, exclude_node, first_start, note_job, noted_jobs
+from launcher.slurm.submission import options_as_settings
 from megamoe.cli import main
 from megamoe.config import load_config
 from tests.test_cli import CONFIG
@@ -164,7 +164,7 @@ def test_the_accounts_of_the_user_are_named_where_the_site_keeps_them(slurm: Pat
 
 
 def test_a_controller_that_is_silent_is_said(slurm: Path, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.slurm_tools.TIMEOUT", 0.2)
+    monkeypatch.setattr("launcher.slurm.tools.TIMEOUT", 0.2)
     (slurm / "bin/scontrol").write_text("#!/bin/bash\nexec /bin/sleep 5\n")
     assert "scontrol: SLURM has not answered" in say("slurm", "tiny.yaml")[2]
 
@@ -275,7 +275,7 @@ def test_logs_show_the_end_of_the_newest(slurm: Path, say: Say) -> None:
 
 
 def test_following_a_log_goes_over_to_its_successor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.follow.LOOK_EVERY", 0)
+    monkeypatch.setattr("launcher.slurm.follow_log.LOOK_EVERY", 0)
     first, second, shown = tmp_path / "first", tmp_path / "second", io.BytesIO()
 
     def found() -> Iterator[Path | None]:

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.health_collective import partners
-from launcher.links import GBIT, Links, link_problems
-from launcher.meeting import Met, meet
-from launcher.ranks import free_port
+from launcher.health.collective import partners
+from launcher.health.connections import Met, meet
+from launcher.health.links import GBIT, Links, link_problems
+from launcher.workers.processes import free_port
 from megamoe.config.schema import HealthConfig
 
 

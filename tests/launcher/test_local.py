@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher.local import launch_local
-from launcher.verdict import latest_attempt
+from launcher.local.launch import launch_local
+from launcher.workers.ending import latest_attempt
 from megamoe.config.schema import LaunchConfig
-from megamoe.errors import UserError
-from megamoe.statuses import NO_PROGRESS, STOPPED
+from megamoe.core.errors import UserError
+from megamoe.core.exit_status import NO_PROGRESS, STOPPED
 
 WORKER = Path(__file__).with_name("worker.py")
 Script = dict[str, dict[str, str]]
@@ -32,7 +32,7 @@ def launch(run: Path, script: Script, nproc: int = 2, resume: str = "none", **li
 def launch_apart(run: Path, script: Script, nproc: int = 2) -> subprocess.Popen[str]:
     """The launcher in a process of its own, so that it can be killed."""
     code = (
-        "import sys; from pathlib import Path; from launcher.local import launch_local;"
+        "import sys; from pathlib import Path; from launcher.local.launch import launch_local;"
         "from megamoe.config.schema import LaunchConfig;"
         "run, worker, script, n = sys.argv[1:];"
         "limits = LaunchConfig(stop_grace=5); command = [sys.executable, worker, script];"

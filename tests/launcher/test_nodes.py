@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.history import recoveries
-from launcher.invitation import read_invitation
-from megamoe.statuses import STOPPED
+from launcher.elastic.events import recoveries
+from launcher.elastic.invitation import read_invitation
+from megamoe.core.exit_status import STOPPED
 from tests.launcher.local_cluster import Supervised, supervised
 from tests.launcher.test_local import WORKER, alive, seen, wait_for
 from tests.training import small_config, write_config

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.history import recoveries
+from launcher.elastic.events import recoveries
 from tests.launcher.local_cluster import supervised
 from tests.training import audit, largest_difference, make_data, metrics, small_config, train, write_config
 

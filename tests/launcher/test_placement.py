@@ -7,7 +7,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.placement import Place, environment, interface_of, numa_nodes, share_cores
+from launcher.workers.placement import Place, environment, interface_of, numa_nodes, share_cores
 
 TWO_SOCKETS = [list(range(0, 8)), list(range(8, 16))]
 

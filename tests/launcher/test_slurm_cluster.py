@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from launcher import slurm as module
-from launcher.request import exclude_node, note_job, noted_jobs
-from launcher.slurm import SlurmCluster, orphaned
+from launcher.slurm import slurm_cluster as module
+from launcher.slurm.request import exclude_node, note_job, noted_jobs
+from launcher.slurm.slurm_cluster import SlurmCluster, orphaned
 from megamoe.config.schema import Config
 from tests.launcher.test_launch import calls, stand_in
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from launcher.batch_script import agents_command, helper_options, helper_script, job_options, job_script
+from launcher.slurm.batch_script import agents_command, helper_options, helper_script, job_options, job_script
 from megamoe.config.schema import Config
-from megamoe.errors import UserError
+from megamoe.core.errors import UserError
 
 
 def config(slurm: dict[str, Any] | None = None, **launch: Any) -> Config:
@@ -169,8 +169,8 @@ def test_a_warning_before_anybody_listens_neither_ends_the_job_nor_is_lost(verb:
     shell = lines[lines.index("trap '' USR1") : -1]
     starting = f"""
         import os, signal
-        import launcher.inside
-        from launcher.ranks import caught_signals
+        import launcher.slurm.inside_job
+        from launcher.workers.processes import caught_signals
         from megamoe.commands.launch import launch
 
         def listen_late(*_):
@@ -179,7 +179,7 @@ def test_a_warning_before_anybody_listens_neither_ends_the_job_nor_is_lost(verb:
                 print(*caught)
             return 0
 
-        launcher.inside.supervise_run = launcher.inside.serve_run = listen_late
+        launcher.slurm.inside_job.supervise_run = launcher.slurm.inside_job.serve_run = listen_late
         launch(["{verb}", "/runs/tiny"])
     """
     command = shlex.join([sys.executable, "-c", textwrap.dedent(starting)])

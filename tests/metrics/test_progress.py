@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megamoe.metrics import Progress
-from megamoe.metrics.progress import TERMINAL_VARIABLE
+from megamoe.metrics.progress_bar import TERMINAL_VARIABLE
 
 
 def record(step: int, loss: float = 2.0) -> dict[str, object]:

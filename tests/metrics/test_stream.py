@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamoe.errors import UserError
+from megamoe.core.errors import UserError
 from megamoe.metrics import AuditWriter, MetricsWriter, read_metrics, truncate_audit
 from megamoe.metrics.jsonl import to_line
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megamoe.config import Config
 from megamoe.config.size import model_size
-from megamoe.data.pack import IGNORED
+from megamoe.data.sample.pack import IGNORED
 from megamoe.model.stack import build_stack
 from tests.training import small_config
 

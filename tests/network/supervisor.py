@@ -11,14 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher.supervise import supervise
+from launcher.elastic.run import supervise
 from megamoe.config import load_config
 
 AGENT = """
 import sys
 from pathlib import Path
-from launcher.agent import run_agent
-from launcher.health import node_problems
+from launcher.elastic.agent import run_agent
+from launcher.health.node import node_problems
 from megamoe.config import load_config
 run, node, config, overrides, *command = sys.argv[1:]
 limits = load_config(Path(config), overrides.split()).launch

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megamoe.config import parse_config
 from megamoe.config.size import model_size
-from megamoe.errors import UserError
+from megamoe.core.errors import UserError
 from megamoe.parallel.layout import Layout, plan_layout
 from megamoe.parallel.memory import predict_memory
 from tests.training import small_config

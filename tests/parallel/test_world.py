@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megamoe.config import Config
-from megamoe.errors import UserError
-from megamoe.parallel.world import COLLECTIVE_TIMEOUT, _own_gpu
+from megamoe.core.errors import UserError
+from megamoe.parallel.deepspeed.process_group import COLLECTIVE_TIMEOUT, _own_gpu
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import torch
 
 from megamoe.config import Config
 from megamoe.config.size import model_size
-from megamoe.data.loader import StepLoader
-from megamoe.data.sources import open_data_set
-from megamoe.data.tokenizer import Tokenizer
+from megamoe.data.loader.step_loader import StepLoader
+from megamoe.data.sample.tokenizer import Tokenizer
+from megamoe.data.shards.from_config import open_data_set
 from megamoe.model.stack import CaptionLoss, build_stack
 from megamoe.train.schedule import learning_rate
 

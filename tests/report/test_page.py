@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megamoe.errors import UserError
+from megamoe.core.errors import UserError
 from megamoe.report import write_report
 from megamoe.report.figures import POINTS, _thin, smooth
 

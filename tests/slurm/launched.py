@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos.training import HOOK
-from launcher.history import Recovery, read_events, recoveries
+from launcher.elastic.events import Recovery, read_events, recoveries
 from tests.slurm.jobs import BedWithJobs
 from tests.training import ROOT
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.history import recoveries
-from megamoe.statuses import NO_PROGRESS
+from launcher.elastic.events import recoveries
+from megamoe.core.exit_status import NO_PROGRESS
 from tests.slurm.jobs import BedWithJobs
 from tests.slurm.launched import PATIENCE, LaunchedRun
 from tests.training import audit, largest_difference, make_data, metrics, small_config, train, write_config

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megamoe.config.schema import TrainConfig
-from megamoe.errors import CheckpointError
+from megamoe.core.errors import CheckpointError
 from megamoe.train.spikes import SpikeWatch
 
 

@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from megamoe.statuses import STOP_FAILED, STOP_SIGNALS, STOPPED, STOPPED_TWICE
+from megamoe.core.exit_status import STOP_FAILED, STOP_SIGNALS, STOPPED, STOPPED_TWICE
 from tests.training import ROOT
 
-START = "import ctypes, time; from megamoe.train.stop import StopRequest; stop = StopRequest(3, 1.0);"
+START = "import ctypes, time; from megamoe.train.stop_request import StopRequest; stop = StopRequest(3, 1.0);"
 NEVER_RETURNS = "print('up', flush=True); [ctypes.CDLL(None).sleep(9) for _ in range(9)]"
 """In C, as in a collective whose peer hangs: hardly an instruction of Python's runs."""
 

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from megamoe.statuses import HUNG
+from megamoe.core.exit_status import HUNG
 from tests.training import ROOT
 
 START = "import ctypes, time; from megamoe.train.watchdog import Watchdog; w = Watchdog(3, 1.0); w.started();"

@@ -1,0 +1,1 @@
+"""What is right and wrong with samples and with damaged tars."""

@@ -1,0 +1,1 @@
+"""Which pictures are equal or look alike."""

@@ -1,0 +1,60 @@
+"""Which samples of a set are equal or near to one that stays: the comparison over the fingerprints of all shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.similar.fingerprints import load_fingerprints
+from data_tools.similar.near import Indices, first_near
+
+
+class Duplicate(NamedTuple):
+    """A sample to drop and the one that it is dropped for, each as (number of the file, place in it); bits between them."""
+
+    sample: tuple[int, int]
+    partner: tuple[int, int]
+    distance: int
+
+
+def find_duplicates(files: Sequence[Path], protected: int, distance: int | None) -> Iterator[Duplicate]:
+    """Yield the duplicates among the samples whose fingerprints are in ``files``, in order.
+
+    Args:
+        files: of :func:`data_tools.similar.fingerprints.hash_shard`, in the order that decides which sample stays.
+        protected: so many files at the beginning lose nothing.
+        distance: greatest number of differing bits; None: fingerprints are digests, equal or not.
+    """
+    loaded = [load_fingerprints(file) for file in files]
+    starts = np.cumsum([0] + [len(each.comparable) for each in loaded])
+    places = np.flatnonzero(np.concatenate([each.comparable for each in loaded]))
+    values = np.concatenate([each.values for each in loaded])[places]
+    del loaded
+    always_kept = int(np.count_nonzero(places < starts[protected]))
+    if distance is None:
+        partners = _first_equal(values, always_kept)
+    else:
+        partners = first_near(values.view(">u8").reshape(-1).astype(np.uint64), distance, always_kept)
+
+    def locate(place: int) -> tuple[int, int]:
+        file = int(np.searchsorted(starts, place, side="right")) - 1
+        return file, place - int(starts[file])
+
+    for i in np.flatnonzero(partners >= 0).tolist():
+        partner = int(partners[i])
+        bits = int(np.bitwise_count(values[i] ^ values[partner]).sum())
+        yield Duplicate(locate(int(places[i])), locate(int(places[partner])), bits)
+
+
+def _first_equal(values: npt.NDArray[np.uint8], always_kept: int) -> Indices:
+    """As :func:`data_tools.similar.near.first_near`, for digests, uint8 (n, 32)."""
+    rows = values.view(f"V{values.shape[1]}").reshape(-1)
+    _, first, which = np.unique(rows, return_index=True, return_inverse=True)
+    partners: Indices = first[which].astype(np.int64)
+    partners[partners == np.arange(len(partners))] = -1
+    partners[:always_kept] = -1
+    return partners

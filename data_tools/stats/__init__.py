@@ -1,0 +1,1 @@
+"""What is in shards, counted in one pass, and the page that shows it."""

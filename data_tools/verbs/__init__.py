@@ -1,0 +1,1 @@
+"""What each verb of `megamoe data` does, one per file."""

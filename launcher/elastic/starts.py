@@ -1,0 +1,51 @@
+"""What the history of a run says when its supervisor starts and ends: why it is started, and whether to start it again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+from launcher.elastic.events import read_events
+from launcher.elastic.invitation import Pulse
+
+
+def how_it_begins(run_dir: Path, job: str) -> tuple[str, float]:
+    """Kind of the first attempt in ``job`` (see :mod:`launcher.elastic.events`), and when what led to it was noticed."""
+    events = read_events(run_dir)
+    places = [place for place, event in enumerate(events) if event["event"] == "supervisor"]
+    last = events[places[-1] :] if places else []  # of the supervisor before this one
+    noticed = next((float(event["time"]) for event in last if event["event"] == "stop"), None)
+    again = next((event for event in last if event["event"] == "again" and event["detail"]["accepted"]), None)
+    if again is not None:
+        return "again", float(again["time"]) if noticed is None else noticed
+    # Of a job that is started again without our doing, `scontrol requeue` for one, only the signal was noticed.
+    if noticed is not None and last[0]["detail"]["job"] == job:
+        return "again", noticed
+    if not last or last[-1]["event"] == "finished":
+        return "start", time.time()
+    # The supervisor ended without a word, and was alive for the last time when its pulse beat, or it wrote that event.
+    since = max(float(event["time"]) for event in last if event["event"] != "orphaned")
+    with contextlib.suppress(ValueError):
+        since = max(since, float(Pulse(run_dir).read()))
+    return "host", since
+
+
+def process_start() -> float:
+    """When this process was started, in seconds since the epoch: before Python has imported anything."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    ticks = os.sysconf("SC_CLK_TCK")
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + int(fields[19]) / ticks
+
+
+def in_vain(run_dir: Path, saved: int, limit: int) -> str | None:
+    """Why not to start the run again: that was done ``limit`` times in a row without a checkpoint later than ``saved``."""
+    times = 0
+    for event in reversed([each for each in read_events(run_dir) if each["event"] == "again"]):
+        if event["detail"]["saved"] < saved:
+            break
+        times += 1
+    if times < limit:
+        return None
+    return f"no progress: started again {times} times in a row with no checkpoint later than step {saved}"

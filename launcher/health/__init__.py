@@ -1,0 +1,1 @@
+"""Whether nodes and the links between them are fit for ranks."""

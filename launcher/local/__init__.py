@@ -1,0 +1,1 @@
+"""Training on this machine: N ranks, restarted together."""

@@ -1,0 +1,76 @@
+"""The ranks of one attempt at a run, wherever they are: what a launcher asks of them."""
+
+from __future__ import annotations
+
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+from megamoe.core.exit_status import HUNG, REQUEST_IS_WRONG
+
+POLL = 0.02  # seconds; a death is noticed within it
+SETTLE = 0.2  # seconds; who died first is judged after the others had this long to follow
+
+
+class RankGroup(ABC):
+    """Running ranks, numbered from 0 over all nodes.
+
+    Attributes:
+        logs: log file of each rank.
+        pids: process id of each rank on its node.
+    """
+
+    logs: dict[int, Path]
+    pids: dict[int, int]
+
+    @abstractmethod
+    def ended(self) -> Mapping[int, int]:
+        """Exit status of the ranks that have ended, in the order of their ends; negative numbers are signals."""
+
+    @abstractmethod
+    def signal(self, signum: int) -> None:
+        """Send ``signum`` to the ranks themselves; what they have started is theirs to end."""
+
+    @abstractmethod
+    def frozen(self) -> Mapping[int, list[int]]:
+        """Processes that are stopped (SIGSTOP, a debugger): rank -> process ids in its session, its data workers too."""
+
+    @abstractmethod
+    def pause(self, seconds: float) -> None:
+        """Let time pass."""
+
+    def running(self) -> bool:
+        """Whether all is well so far and some rank is still at work."""
+        ended = self.ended()
+        return len(ended) < len(self.logs) and not any(ended.values())
+
+    def culprit(self) -> tuple[int, int] | None:
+        """(rank, exit status) of the rank that took the others down; None when none failed.
+
+        The first death is followed at once by those of ranks whose peer has gone, and may not be the first to be seen.
+        So a wrong request comes first, then a signal from outside, then a hang, then what a lost peer may look like as
+        well: an abort or a plain failure, the earliest of them.
+        """
+        if any(self.ended().values()):
+            self.pause(SETTLE)
+        failed = [(rank, status) for rank, status in self.ended().items() if status]
+        return min(failed, key=lambda item: _severity(item[1]), default=None)
+
+    def wait(self, seconds: float) -> bool:
+        """Give all ranks ``seconds`` to end; whether they have."""
+        deadline = time.monotonic() + seconds
+        while len(self.ended()) < len(self.logs):
+            if time.monotonic() > deadline:
+                return False
+            self.pause(POLL)
+        return True
+
+
+def _severity(status: int) -> int:
+    if status == REQUEST_IS_WRONG:
+        return 0
+    if status < 0 and status not in (-signal.SIGABRT, -signal.SIGTERM):
+        return 1
+    return 2 if status == HUNG else 3

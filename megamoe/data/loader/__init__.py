@@ -1,0 +1,1 @@
+"""The training loader: a rank's part of each optimizer step, made by worker processes."""

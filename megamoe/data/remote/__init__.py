@@ -1,0 +1,1 @@
+"""Shards that are no local files: downloads, retries, and a cache per node."""

@@ -1,0 +1,1 @@
+"""From bytes to a packed sequence: decoding, tokens, packing."""

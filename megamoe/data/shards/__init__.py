@@ -1,0 +1,1 @@
+"""Shards: their names, where each sample lies in its tar, and its bytes."""

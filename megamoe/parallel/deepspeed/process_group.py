@@ -1,0 +1,89 @@
+"""Joining and leaving the ranks of a run: device, backend, process group."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from megamoe.core.errors import UserError
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # a peer that is silent for longer is taken for dead
+
+
+@contextmanager
+def joined_world() -> Iterator[torch.device]:
+    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT describe; leave it at the end.
+
+    Yields this rank's device: the GPU number LOCAL_RANK with NCCL if there is one, else the CPU with gloo.
+
+    Raises:
+        UserError: there are GPUs, but fewer than ranks on this machine.
+    """
+    cuda = torch.cuda.is_available()
+    if cuda:
+        device = _own_gpu(int(os.environ["LOCAL_RANK"]))
+    else:
+        device = torch.device("cpu")
+        # DeepSpeed would warn that it found no accelerator.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19.8 calls collectives under names that torch 2.13 has deprecated.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import deepspeed
+
+    if not cuda:
+        # A shared-memory all-reduce for inference that DeepSpeed would compile with g++ at each first start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_uncompiled("deepspeed.runtime.zero.muon.muon_optimizer")
+    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=COLLECTIVE_TIMEOUT)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def _own_gpu(local_rank: int) -> torch.device:
+    """Take the GPU of this rank, before anything is allocated on it.
+
+    Raises:
+        UserError: it does not exist.
+    """
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {local_rank} of this machine has no GPU: {torch.cuda.device_count()} can be seen; start as many ranks "
+            "as GPUs (--nproc, launch.ranks_per_node), or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    # Rows per expert and lengths of captions change from step to step: fixed segments would break up.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # NCCL's own monitor aborts without a word of the step; train.watchdog_seconds (480) is to speak first, and after it
+    # the time-out of the collective that hangs.
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(1.5 * COLLECTIVE_TIMEOUT.total_seconds())))
+    # fp32 means fp32: the 10 bits of TF32 would break the agreement of layouts, and with the CPU.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _import_uncompiled(name: str) -> None:
+    """Import a module of DeepSpeed that wants its functions compiled, as they are.
+
+    Its engines import an optimizer that is not ours; the compiler alone costs each rank two seconds at each start.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    try:
+        importlib.import_module(name)
+    finally:
+        compiler.compile = compile_
