@@ -16,7 +16,7 @@ import psutil
 
 from launcher.health.gpus import GIB, Finding, Query, gpu_findings, query
 from megamoe.config.schema import Config, LaunchConfig
-from megamoe.config.size import model_size
+from megamoe.model.size import model_size
 
 CGROUPS = Path("/sys/fs/cgroup")
 

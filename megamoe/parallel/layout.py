@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from megamoe.config import Config
-from megamoe.config.size import LayerSize, ModelSize, model_size
 from megamoe.core.errors import UserError
+from megamoe.model.size import LayerSize, ModelSize, model_size
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from megamoe.config import Config
+from megamoe.core.packed_batch import IGNORE
 from megamoe.evaluate.greedy import greedy_decode
-from megamoe.model.batch import IGNORE
 from megamoe.model.moe import Router
-from megamoe.model.stack import DecoderLayer, HeadLayer, Stack
-from tests.model.small import EOS, FIRST_WORD, IMAGE, PAD, logits, small_config, small_stack
+from megamoe.model.vlm import VisionLanguageModel
+from tests.model.small import EOS, FIRST_WORD, IMAGE, PAD, logits, small_config, small_model
 
 NEAR = 1e-4  # two best scores this close are a tie: rounding may decide either way
 
@@ -29,7 +29,9 @@ class Ids:
     eos_id: int = EOS
 
 
-def recompute(stack: Stack, config: Config, ids: Ids, pixels: Tensor, prompt: list[int], most: int) -> list[int] | None:
+def recompute(
+    stack: VisionLanguageModel, config: Config, ids: Ids, pixels: Tensor, prompt: list[int], most: int
+) -> list[int] | None:
     """One sample, everything anew for each token; None if there was a tie."""
     new: list[int] = []
     for _ in range(most):
@@ -46,18 +48,17 @@ def recompute(stack: Stack, config: Config, ids: Ids, pixels: Tensor, prompt: li
     return new
 
 
-def make(seed: int, **changes: object) -> tuple[Config, Stack, Ids, Tensor]:
+def make(seed: int, **changes: object) -> tuple[Config, VisionLanguageModel, Ids, Tensor]:
     config = small_config(seed, **changes)
-    stack = small_stack(config)
+    stack = small_model(config)
     side = config.model.vision.image_size
     pixels = torch.randint(0, 256, (5, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     return config, stack, Ids(config.model.decoder.vocab_size - 3), pixels
 
 
-def favour_the_end(stack: Stack) -> None:
+def favour_the_end(stack: VisionLanguageModel) -> None:
     """So that rows end, and at different steps."""
-    head = stack.layers[-1]
-    assert isinstance(head, HeadLayer)
+    head = stack.head
     with torch.no_grad():
         head.out.weight[EOS] *= 2.0
 
@@ -96,11 +97,9 @@ def test_captions_do_not_depend_on_the_batch(seed: int) -> None:
 
 def test_decoding_ends_as_soon_as_all_rows_have_ended() -> None:
     _, stack, ids, pixels = make(0)
-    head = stack.layers[-1]
-    assert isinstance(head, HeadLayer)
+    head = stack.head
     calls: list[Tensor] = []
-    first = next(layer for layer in stack.layers if isinstance(layer, DecoderLayer))
-    first.block.register_forward_hook(lambda _m, _i, out: calls.append(out[0]))
+    stack.decoder_layers[0].block.register_forward_hook(lambda _m, _i, out: calls.append(out[0]))
     with torch.no_grad():
         head.norm.weight.zero_()  # all scores are zero: the first piece wins
     assert greedy_decode(stack, Ids(ids.size, eos_id=0, pad_id=1), pixels, max_new_tokens=50) == [[]] * 5
@@ -117,8 +116,7 @@ def test_at_most_max_new_tokens_are_added() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_ids_without_text_are_never_generated(seed: int) -> None:
     config, stack, ids, pixels = make(seed)
-    head = stack.layers[-1]
-    assert isinstance(head, HeadLayer)
+    head = stack.head
     with torch.no_grad():
         # Rows of the picture token and of those beyond the pieces are by far the likeliest, one way or the other.
         head.out.weight[IMAGE] *= 100
@@ -132,13 +130,7 @@ def test_rows_that_have_ended_visit_no_expert() -> None:
     _, stack, ids, pixels = make(4, model__decoder__sparse_every=1, model__vision__sparse_every=0)
     favour_the_end(stack)
     counts: list[int] = []
-    router = next(
-        module
-        for layer in stack.layers
-        if isinstance(layer, DecoderLayer)
-        for module in layer.modules()
-        if isinstance(module, Router)
-    )
+    router = next(module for layer in stack.decoder_layers for module in layer.modules() if isinstance(module, Router))
     router.register_forward_hook(lambda _m, _i, out: counts.append(int(out.counts_E.sum()) // router.top_k))
     rows = greedy_decode(stack, ids, pixels, max_new_tokens=9)
     lengths = [len(row) for row in rows]

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megamoe.config import parse_config
-from megamoe.config.size import model_size
 from megamoe.core.errors import UserError
+from megamoe.model.size import model_size
 from megamoe.parallel.layout import Layout, plan_layout
 from megamoe.parallel.memory import predict_memory
 from tests.training import small_config

@@ -1,4 +1,4 @@
-"""The stack as a whole: sizes known ahead, initial weights that know no layout, names, number formats."""
+"""The model as a whole: sizes known ahead, initial weights that know no layout, names, number formats."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from megamoe.config import Config
-from megamoe.config.size import model_size
+from megamoe.model.decoder import DecoderLayer
+from megamoe.model.loss import CaptionLoss
 from megamoe.model.parameter import ExpertShard, info_of
-from megamoe.model.stack import (
-    CaptionLoss,
-    DecoderLayer,
-    SparseLayer,
-    VisionLayer,
+from megamoe.model.pipeline_layer import BlockLayer
+from megamoe.model.size import model_size
+from megamoe.model.vision import VisionLayer
+from megamoe.model.vlm import (
     build_layer,
-    build_stack,
+    build_model,
     layer_specs,
     named_parameters,
 )
-from tests.model.small import IMAGE, pack, random_samples, small_config, small_stack
+from tests.model.small import IMAGE, pack, random_samples, small_config, small_model
 
 
 def parameters_of(config: Config, shard: ExpertShard, seed: int) -> dict[str, nn.Parameter]:
@@ -48,7 +48,7 @@ def test_size_computed_from_settings_is_that_of_the_built_layers(seed: int) -> N
         # A token visits top_k of the experts.
         unused = expert // config.model.moe.experts * (config.model.moe.experts - config.model.moe.top_k)
         assert computed.active == computed.parameters - unused, spec.name
-    assert size.parameters == sum(parameter.numel() for parameter in build_stack(config, IMAGE).parameters())
+    assert size.parameters == sum(parameter.numel() for parameter in build_model(config, IMAGE).parameters())
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -109,7 +109,7 @@ def test_names_of_layers_and_parameters_are_unique(seed: int) -> None:
     config = small_config(seed)
     layers = [spec.name for spec in layer_specs(config.model, IMAGE)]
     assert len(set(layers)) == len(layers)
-    stack = build_stack(config, IMAGE)
+    stack = build_model(config, IMAGE)
     names = [
         name
         for spec, layer in zip(stack.specs, stack.layers, strict=True)
@@ -122,7 +122,7 @@ def test_names_of_layers_and_parameters_are_unique(seed: int) -> None:
 def test_bf16_loss_is_close_to_that_of_fp32(seed: int) -> None:
     # As at the start of a training run: with the large weights of the other tests bf16 turns many a choice of experts.
     config = small_config(seed, model__init_std=0.05)
-    stack = build_stack(config, IMAGE).eval()
+    stack = build_model(config, IMAGE).eval()
     pixels, text = pack(random_samples(config, 3, seed), config.model.vision.patches, 64, 4)
     with torch.no_grad():
         total, losses = stack(pixels, text)
@@ -135,12 +135,12 @@ def test_bf16_loss_is_close_to_that_of_fp32(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_load_counts_each_choice_of_each_real_token_in_training_and_none_in_evaluation(seed: int) -> None:
     config = small_config(seed, model__vision__sparse_every=1)
-    stack = small_stack(config)
+    stack = small_model(config)
     patches, top_k = config.model.vision.patches, config.model.moe.top_k
     samples = random_samples(config, 3, seed)
     batch = pack(samples, patches, 64, 4)
     stack(*batch)
-    assert all(layer.load_E is None for layer in stack.layers if isinstance(layer, SparseLayer))
+    assert all(layer.load_E is None for layer in stack.layers if isinstance(layer, BlockLayer))
     stack.train()
     stack(*batch)
     stack(*batch)
