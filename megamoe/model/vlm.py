@@ -21,6 +21,7 @@ from megamoe.core.packed_batch import PackedBatch
 from megamoe.model.attention import segment_positions
 from megamoe.model.decoder import DecoderLayer, KVCache, rotary
 from megamoe.model.head import LanguageModelHead
+from megamoe.model.layer_names import layer_names
 from megamoe.model.parameter import ExpertShard, initialize
 from megamoe.model.pipeline_layer import PipelineLayer, State
 from megamoe.model.projector import ProjectorLayer
@@ -40,16 +41,16 @@ class LayerSpec:
 
 def layer_specs(model: ModelConfig, image_token: int) -> list[LayerSpec]:
     """List all layers in order. ``image_token`` is the id that stands in the text where a picture's patches go."""
-    vision, decoder = model.vision, model.decoder
-    specs = [LayerSpec("vision.embed", False, lambda _: PatchEmbeddingLayer(model))]
-    for i in range(vision.depth):
-        build = partial(VisionLayer, model, i, image_token=image_token)
-        specs.append(LayerSpec(f"vision.blocks.{i}", vision.is_sparse(i), build))
-    specs.append(LayerSpec("merge", False, lambda _: ProjectorLayer(model, image_token)))
-    for i in range(decoder.depth):
-        specs.append(LayerSpec(f"decoder.blocks.{i}", decoder.is_sparse(i), partial(DecoderLayer, model, i)))
-    specs.append(LayerSpec("head", False, lambda _: LanguageModelHead(model)))
-    return specs
+    builders: list[Callable[[ExpertShard], PipelineLayer]] = [
+        lambda _: PatchEmbeddingLayer(model),
+        *(partial(VisionLayer, model, i, image_token=image_token) for i in range(model.vision.depth)),
+        lambda _: ProjectorLayer(model, image_token),
+        *(partial(DecoderLayer, model, i) for i in range(model.decoder.depth)),
+        lambda _: LanguageModelHead(model),
+    ]
+    return [
+        LayerSpec(name, sparse, build) for (name, sparse), build in zip(layer_names(model).items(), builders, strict=True)
+    ]
 
 
 def named_parameters(layer_name: str, layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -31,9 +31,9 @@ def test_flops_are_those_that_torch_counts(top_k: int) -> None:
         segments[begin : begin + share] = picture + 1
         labels[begin + vision.patches : begin + share] = 7  # as many scored positions as text
     pixels = torch.zeros(1, pictures, vision.image_size, vision.image_size, 3, dtype=torch.uint8)
-    stack = build_model(config, IMAGE)
+    model = build_model(config, IMAGE)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        stack(pixels, torch.from_numpy(text))
+        model(pixels, torch.from_numpy(text))
     # on a CPU torch does not count the products within attention: two per pair of a query and a key
     queries = decoder.heads * decoder.head_dim
     scores = 4 * (length / pictures / 2) * queries * length * decoder.depth
