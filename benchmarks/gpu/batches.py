@@ -1,4 +1,4 @@
-"""Packed batches made in memory, the same on every machine: real packing, drawn pictures and words."""
+"""Make packed batches in memory, the same on every machine: real packing, random pictures and words."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import numpy as np
 import torch
 
 from megamoe.config import Config
+from megamoe.core.packed_batch import PackedBatch
 from megamoe.data.sample.pack import PackShape, SequenceBuilder
 from megamoe.parallel.deepspeed.engine import MicroBatch
 
 
 @dataclass
 class Words:
-    """The ids that packing and decoding have to know, in place of a tokenizer."""
+    """The ids that packing and decoding need, in place of a tokenizer."""
 
     image_id: int = 3
     pad_id: int = 0
@@ -28,8 +29,8 @@ FIRST_WORD = 4
 def micro_batches(config: Config, count: int, rows: int, seed: int, longest: int | None = None) -> list[MicroBatch]:
     """Draw ``count`` micro-batches of ``rows`` sequences.
 
-    Captions have between half of ``longest`` words and all of them; default: as many as fill a sequence. The pictures are
-    coarse squares of colour, for noise looks the same to a model whatever it shows.
+    Captions have between ``longest / 2`` and ``longest`` words; by default ``longest`` is what fills a sequence. Pictures
+    are coarse squares of colour, because all noise looks alike to a model.
     """
     draw = np.random.Generator(np.random.PCG64(seed))
     data, vision = config.data, config.model.vision
@@ -40,7 +41,7 @@ def micro_batches(config: Config, count: int, rows: int, seed: int, longest: int
     for _ in range(count):
         pixels, text = [], []
         for _ in range(rows):
-            builder = SequenceBuilder(shape, Words())  # type: ignore[arg-type]  # it reads the ids alone
+            builder = SequenceBuilder(shape, Words())
             while True:
                 words = draw.integers(FIRST_WORD, last_word, draw.integers(most // 2, most + 1))
                 if not builder.fits(words.tolist()):
@@ -56,10 +57,10 @@ def micro_batches(config: Config, count: int, rows: int, seed: int, longest: int
 
 
 def targets(batches: list[MicroBatch]) -> int:
-    """Labels to predict."""
-    return sum(int((text[:, 2] >= 0).sum()) for _, text in batches)
+    """Count the positions with a label."""
+    return sum(PackedBatch.of(text).targets for _, text in batches)
 
 
 def tokens(batches: list[MicroBatch]) -> int:
-    """Tokens that are no padding."""
-    return sum(int((text[:, 1] > 0).sum()) for _, text in batches)
+    """Count the tokens that are not padding."""
+    return sum(PackedBatch.of(text).tokens for _, text in batches)

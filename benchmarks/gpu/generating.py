@@ -13,7 +13,7 @@ from benchmarks.gpu.context import Context
 from benchmarks.gpu.model_1b import config_1b
 from megamoe.evaluate.greedy import greedy_decode
 from megamoe.model.parameter import ExpertShard, info_of
-from megamoe.model.stack import Stack, layer_specs
+from megamoe.model.vlm import VisionLanguageModel, layer_specs
 
 
 def measure(context: Context) -> None:
@@ -27,13 +27,13 @@ def measure(context: Context) -> None:
         info = info_of(parameter)
         parameter.data = torch.empty(parameter.shape, device=context.device).normal_(info.fill, info.std)
 
-    with mock.patch("megamoe.model.stack.initialize", draw):
-        stack = Stack(layer_specs(config.model, never_ends.image_id), ExpertShard(), 0).eval()
-    stack.to(torch.bfloat16 if context.cuda else torch.float32)
+    with mock.patch("megamoe.model.vlm.initialize", draw):
+        model = VisionLanguageModel(layer_specs(config.model, never_ends.image_id), ExpertShard(), 0).eval()
+    model.to(torch.bfloat16 if context.cuda else torch.float32)
     side = config.model.vision.image_size
     for rows in (1, 2) if context.tiny else (1, 16, 64):
         pixels = torch.randint(0, 256, (rows, side, side, 3), dtype=torch.uint8, device=context.device)
-        decode = partial(greedy_decode, stack, never_ends, pixels)
+        decode = partial(greedy_decode, model, never_ends, pixels)
         first = context.seconds(partial(decode, max_new_tokens=1), repeats=3, warm_up=2)
         all_of_them = context.seconds(partial(decode, max_new_tokens=new), repeats=2, warm_up=1)
         each = (all_of_them - first) / (new - 1)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.gpu.context import Context
 from megamoe.config import MoEConfig
+from megamoe.core.packed_batch import PackedBatch
 from megamoe.model import attention, experts, moe
 from megamoe.model.parameter import ExpertShard
 
@@ -136,8 +137,9 @@ def _attention(context: Context, dtype: torch.dtype) -> bool:
 
     q, k, v, grad = normal(B, H, L, d), normal(B, G, L, d), normal(B, G, L, d), normal(B, H, L, d)
     text = torch.zeros(B, 3, L, dtype=torch.int64, device=context.device)
-    text[:, 1] = torch.arange(L, device=context.device) // (L // 8) + 1
-    text[:, 1, -L // 16 :] = 0
+    segments = PackedBatch.of(text).segments
+    segments[:] = torch.arange(L, device=context.device) // (L // 8) + 1
+    segments[:, -L // 16 :] = 0
     leaves = [x.requires_grad_(context.cuda) for x in (q, k, v)]
 
     def run(kernel: str) -> tuple[Tensor, ...]:

@@ -13,9 +13,9 @@ from benchmarks.gpu.batches import Words, targets, tokens
 from benchmarks.gpu.context import ROOT, Context
 from benchmarks.gpu.machine import peak_flops
 from megamoe.config import Config, load_config
-from megamoe.config.size import model_size
 from megamoe.model.parameter import info_of
-from megamoe.model.stack import SparseLayer, _call
+from megamoe.model.pipeline_layer import BlockLayer, call_block
+from megamoe.model.size import model_size
 from megamoe.parallel.deepspeed.engine import MicroBatch, TrainEngine
 from megamoe.parallel.layout import plan_layout
 from megamoe.parallel.memory import predict_memory
@@ -49,15 +49,15 @@ def build(config: Config, device: torch.device) -> TrainEngine:
         parameter.data = data.normal_(0, info.std) if info.std else data.fill_(info.fill)
 
     torch.manual_seed(0)
-    with mock.patch("megamoe.model.stack.initialize", draw):
+    with mock.patch("megamoe.model.vlm.initialize", draw):
         return TrainEngine(config, plan_layout(config, 1), Words().image_id, device)
 
 
 def set_recompute(engine: TrainEngine, mode: str) -> None:
     """Change ``parallel.recompute`` of an engine that is built."""
     module = engine.deepspeed.module
-    for layer in [each for each in module.modules() if isinstance(each, SparseLayer)]:
-        layer.run = _call
+    for layer in [each for each in module.modules() if isinstance(each, BlockLayer)]:
+        layer.run = call_block
         vars(layer.block).pop("forward", None)  # what fairscale has put there
     apply_recompute(module, mode)
 

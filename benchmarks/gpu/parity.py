@@ -17,8 +17,9 @@ import torch
 from benchmarks.gpu.batches import Words, micro_batches, targets
 from benchmarks.gpu.context import ROOT, Context
 from megamoe.config import Config, load_config
-from megamoe.config.size import model_size
-from megamoe.model.stack import CaptionLoss, build_stack
+from megamoe.model.loss import CaptionLoss
+from megamoe.model.size import model_size
+from megamoe.model.vlm import build_model
 from megamoe.parallel.layout import plan_layout
 
 EXPECTED = Path(__file__).with_name("expected.json")
@@ -49,7 +50,7 @@ def global_batch(config: Config, step: int) -> list[tuple[torch.Tensor, torch.Te
 def reference() -> Rows:
     """The run in plain PyTorch, without DeepSpeed, in fp32 on the CPU."""
     config = demo()
-    model = build_stack(config, Words().image_id)
+    model = build_model(config, Words().image_id)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.optim.lr)
     loss = CaptionLoss(config.model.moe, model_size(config).sparse_blocks)
     rows = []

@@ -29,6 +29,7 @@ from launcher.workers.run_progress import run_state
 from megamoe.config import Config
 from megamoe.core.errors import UserError
 from megamoe.core.exit_status import NO_PROGRESS, STOPPED
+from megamoe.model.size import model_size
 
 
 def supervise(config_path: Path, overrides: Sequence[str], resume: str, settings: Config, cluster: Cluster) -> int:
@@ -50,6 +51,8 @@ def supervise(config_path: Path, overrides: Sequence[str], resume: str, settings
         UserError: no layout fits the numbers of nodes, or the run's folder cannot be written or has no room.
     """
     sizes = team_sizes(settings)
+    if settings.launch.health.check != "off":
+        model_size(settings)  # for room_problem: imports torch, which takes seconds, before nodes wait for answers
     run_dir, limits = settings.run.folder, settings.launch
     terminal = Terminal()
     try:

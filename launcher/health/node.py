@@ -16,7 +16,7 @@ import psutil
 
 from launcher.health.gpus import GIB, Finding, Query, gpu_findings, query
 from megamoe.config.schema import Config, LaunchConfig
-from megamoe.config.size import model_size
+from megamoe.model.size import model_size
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -127,11 +127,13 @@ def clock_problem(node: str, difference: float, limits: LaunchConfig) -> Problem
 
 def room_problem(settings: Config, readings: Readings | None = None) -> str | None:
     """Why the run's folder, which exists, has no room for one more checkpoint. All nodes share it: none is to blame."""
+    if settings.launch.health.check == "off":
+        return None
     optim, run_dir = settings.optim, settings.run.folder
     moments = 2 if optim.name == "adamw" else int(optim.momentum > 0)
     need = model_size(settings).parameters * 4 * (1 + moments)  # weights and moments in fp32
     free = (readings or real_readings()).space(run_dir)
-    if settings.launch.health.check == "off" or free >= need:
+    if free >= need:
         return None
     return (
         f"run.dir {run_dir}: {free / GIB:.2f} GiB free, a checkpoint needs {need / GIB:.2f} GiB; "

@@ -28,7 +28,7 @@ from megamoe.checkpoint.checkpointer import Checkpointer
 from megamoe.checkpoint.folders import checkpoint_name
 from megamoe.checkpoint.train_state import TrainState
 from megamoe.config import Config, load_config
-from megamoe.model.batch import IGNORE
+from megamoe.core.packed_batch import empty_text, write_sample
 from megamoe.parallel.deepspeed.engine import MicroBatch, TrainEngine
 from megamoe.parallel.deepspeed.main_parameters import owned_pieces
 from megamoe.parallel.deepspeed.process_group import joined_world
@@ -213,15 +213,13 @@ def _random_batches(config: Config, count: int) -> list[MicroBatch]:
     data, vision = config.data, config.model.vision
     rows, length, pictures = config.train.micro_batch, data.sequence_length, data.images_per_sequence
     each = length // pictures
-    text = torch.full((rows, 3, length), _WORD)
-    text[:, 1], text[:, 2] = 0, IGNORE
-    for picture in range(pictures):
-        first, end = picture * each, (picture + 1) * each
-        text[:, 0, first : first + vision.patches] = _IMAGE
-        text[:, 1, first:end] = picture + 1
-        text[:, 2, first + vision.patches - 1 : end - 1] = _WORD
+    text_B3L = empty_text(rows, length, _WORD)
+    for row_3L in text_B3L:
+        for picture in range(pictures):
+            write_sample(row_3L, picture * each, picture + 1, _IMAGE, vision.patches, [_WORD] * (each - vision.patches))
     side = vision.image_size
     pixels = torch.randint(0, 256, (count, rows, pictures, side, side, 3), dtype=torch.uint8)
+    text = torch.from_numpy(text_B3L)
     return [(pixels[i], text) for i in range(count)]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from megamoe.config import Config, OptimConfig
 from megamoe.model.parameter import ExpertShard, info_of
-from megamoe.model.stack import build_layer, layer_specs, named_parameters
+from megamoe.model.vlm import build_layer, layer_specs, named_parameters
 
 _MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 

@@ -18,7 +18,7 @@ from megamoe.config import Config
 from megamoe.core.errors import CheckpointError, DamagedCheckpoint
 from megamoe.data.sample.tokenizer import Tokenizer
 from megamoe.model.parameter import ExpertShard
-from megamoe.model.stack import Stack, layer_specs, named_parameters
+from megamoe.model.vlm import VisionLanguageModel, layer_specs, named_parameters
 
 TOKENIZER_FILE = "tokenizer.model"  # the copy in the run's folder
 
@@ -29,14 +29,14 @@ class LoadedModel:
 
     Attributes:
         config: Config of the run that wrote it.
-        stack: The model, fp32, in eval mode.
+        model: The model, fp32, in eval mode.
         tokenizer: The run's tokenizer.
         step: Optimizer steps it was trained for.
         run: Folder of the run, if the checkpoint lies in one.
     """
 
     config: Config
-    stack: Stack
+    model: VisionLanguageModel
     tokenizer: Tokenizer
     step: int
     run: Path | None
@@ -74,13 +74,13 @@ def load_model(source: Path) -> LoadedModel:
     tokenizer = Tokenizer(path)
     if tokenizer.fingerprint != state.tokenizer:
         raise CheckpointError(f"checkpoint {folder} was made with another tokenizer than {path} is now")
-    stack = Stack(layer_specs(config.model, tokenizer.image_id), ExpertShard(), seed=None)
+    model = VisionLanguageModel(layer_specs(config.model, tokenizer.image_id), ExpertShard(), seed=None)
     slots = []
-    for spec, layer in zip(stack.specs, stack.layers, strict=True):
+    for spec, layer in zip(model.specs, model.layers, strict=True):
         for name, parameter in named_parameters(spec.name, layer):
             slots.append(flat_slot(f"weight/{name}", tuple(parameter.shape), 0, parameter.detach().view(-1)))
     read_pieces(folder, PieceLoadPlanner(slots), distributed=False)
-    return LoadedModel(config, stack.eval().requires_grad_(False), tokenizer, state.step, run)
+    return LoadedModel(config, model.eval().requires_grad_(False), tokenizer, state.step, run)
 
 
 def read_pieces(folder: Path, planner: PieceLoadPlanner, distributed: bool) -> None:

@@ -16,7 +16,7 @@ PATH = click.Path(path_type=Path)
 def plan(config: Path, overrides: tuple[str, ...], nproc: int | None) -> None:
     """Show how large the model of CONFIG is, without building it."""
     from megamoe.config import load_config
-    from megamoe.config.size import model_size
+    from megamoe.model.size import model_size
 
     settings = load_config(config, overrides)
     size = model_size(settings)

@@ -1,6 +1,6 @@
 """Every setting of a run: typed, bounded, documented once. The reference page is generated from this file.
 
-Sizes that follow from these settings (parameters, FLOPs) are in :mod:`megamoe.config.size`; whether a layout can run at
+Sizes that follow from these settings (parameters, FLOPs) are in :mod:`megamoe.model.size`; whether a layout can run at
 all is in :mod:`megamoe.parallel.layout`.
 """
 

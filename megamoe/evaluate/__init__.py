@@ -1,1 +1,1 @@
-"""What a trained model can do: captions of pictures, and how many of them are right."""
+"""Use a trained model: caption pictures, and score the captions."""

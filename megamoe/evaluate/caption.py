@@ -1,4 +1,4 @@
-"""How well a model captions held-out pictures: loss under the true captions, and captions that are exactly right."""
+"""Score how well a model captions held-out pictures: loss of the true captions, and captions that match exactly."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from tqdm import tqdm
 
 from megamoe.checkpoint import LoadedModel, load_model
 from megamoe.core.errors import DataError, UserError
+from megamoe.core.packed_batch import PackedBatch, empty_text, write_sample
 from megamoe.data.sample.tokenizer import Tokenizer
 from megamoe.data.shards.from_config import open_cache
 from megamoe.data.shards.sequential import Sample, read_samples
-from megamoe.evaluate.greedy import greedy_decode, hidden_states
+from megamoe.evaluate.greedy import greedy_decode
 from megamoe.evaluate.results import check_name, png_base64, results_folder, write_results
-from megamoe.model.batch import IGNORE
-from megamoe.model.stack import HeadLayer, Stack
 
-EXAMPLES = 64  # samples that are kept with picture and generated caption
-MAX_NEW_TOKENS = 64  # of a generated caption, unless a true one is longer
+EXAMPLES = 64  # samples whose picture and generated caption are kept
+MAX_NEW_TOKENS = 64  # of a generated caption, unless the true one is longer
 
 logger = logging.getLogger(__name__)
 
@@ -34,25 +33,25 @@ logger = logging.getLogger(__name__)
 def evaluate_caption(
     source: Path, data: list[str] | None = None, name: str = "validation", limit: int | None = None, batch: int = 64
 ) -> dict[str, Any]:
-    """Caption the pictures of ``data`` greedily, compare with their captions, and write the figures of split ``name``.
+    """Caption the pictures of ``data`` greedily, compare with the true captions, and write the figures of split ``name``.
 
     Args:
         source: Run folder (its newest checkpoint) or checkpoint folder.
-        data: Shards, in the forms of ``data.train``; none: ``data.validation`` of the run's config, or else what its
-            ``data.held_out`` kept from training.
+        data: Shards, in the forms of ``data.train``. Default: ``data.validation`` of the run's config, else the share
+            of the training shards that ``data.held_out`` kept from training.
         name: Name of the split. ``validation`` is the top level of eval.json, others are under ``splits``.
-        limit: Most samples to look at; default all.
-        batch: Pictures at a time. It changes no result but the memory and time that are needed.
+        limit: Maximum number of samples; default all.
+        batch: Pictures per batch. It changes memory and time, not the results.
 
     Returns:
-        What eval.json has for the split: ``exact_match`` (share of captions that are right to the letter), ``loss``
+        The entry of the split in eval.json: ``exact_match`` (share of captions that match to the letter), ``loss``
         (mean over caption and end tokens in nats; None if not finite), ``samples``, ``name``, ``step``, ``data``,
-        ``lost`` (samples that could not be used), ``lost_samples`` (which and why) and ``bad_shards`` (shards of which the
-        rest was left out, and why; only if the run's ``data.bad_shards`` says to go on without them).
+        ``lost`` (number of unusable samples), ``lost_samples`` (which and why) and ``bad_shards`` (shards whose remaining
+        samples were skipped, and why; only if the run's ``data.bad_shards`` allows it).
 
     Raises:
-        UserError: no such checkpoint or shards, a name that cannot be a file's, or no sample that can be used.
-        DataError: a shard cannot be used, and the run's ``data.bad_shards`` says to stop, or there are too many.
+        UserError: the checkpoint or shards do not exist, the name cannot be a file name, or no sample is usable.
+        DataError: a shard is unusable and the run's ``data.bad_shards`` says to stop, or too many are.
     """
     check_name(name)
     loaded = load_model(source)
@@ -64,12 +63,12 @@ def evaluate_caption(
         raise UserError("data.validation of the run is empty: name the held-out shards with --data SHARDS")
     folder = results_folder(source)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded.stack.to(device)
+    loaded.model.to(device)
     lost: list[str] = []
     bad: list[str] = []
 
     def set_aside(shard: str, reason: str) -> None:
-        """By the rule of training, which stops at the first of them or at one more than it may leave out."""
+        """Apply the rule of training: stop at the first bad shard, or at one more than ``max_bad_shards``."""
         if settings.bad_shards == "stop":
             raise DataError(reason)
         logger.warning("going on without shard %s: %s", shard, reason)
@@ -84,7 +83,7 @@ def evaluate_caption(
         logger.warning("sample %s was left out: %s", sample, reason)
         lost.append(f"{sample}: {reason}")
 
-    # Nothing is written to where the data lies; indexes that training made are used.
+    # Use the indexes that training made, and write nothing beside the data.
     index_dir = settings.index or folder / "index"
     image_size = loaded.config.model.vision.image_size
     cache = open_cache(settings)
@@ -113,13 +112,13 @@ def evaluate_caption(
 
 
 class CaptionScorer:
-    """Adds up, batch by batch, what :func:`evaluate_caption` reports. Works on the device of the model."""
+    """Accumulate over batches what :func:`evaluate_caption` reports. Work on the device of the model."""
 
     def __init__(self, loaded: LoadedModel):
-        self._stack, self._tokenizer = loaded.stack, loaded.tokenizer
-        self._device = next(loaded.stack.parameters()).device
+        self._model, self._tokenizer = loaded.model, loaded.tokenizer
+        self._device = next(loaded.model.parameters()).device
         self._patches = loaded.config.model.vision.patches
-        # Training cuts longer captions to this; their loss is that of what training sees of them.
+        # Training cuts captions to this length, so the loss counts the same part of them.
         self._room = loaded.config.data.sequence_length - self._patches - 1
         self._loss_sum, self._targets, self._matches = 0.0, 0, 0
         self.samples = 0
@@ -127,7 +126,7 @@ class CaptionScorer:
 
     @property
     def exact_match(self) -> float:
-        """Share of samples whose generated caption is the true one, white space around it aside."""
+        """Share of samples whose generated caption equals the true one, ignoring white space around them."""
         return self._matches / self.samples
 
     @property
@@ -140,13 +139,19 @@ class CaptionScorer:
         pixels_BHWC = torch.from_numpy(np.stack([sample.image for sample in samples])).to(self._device)
         captions = [self._tokenizer.encode(sample.caption) for sample in samples]
         text_B3L = teacher_text([ids[: self._room] for ids in captions], self._patches, self._tokenizer)
-        self._loss_sum += _summed_loss(self._stack, pixels_BHWC, text_B3L.to(self._device))
-        self._targets += int((text_B3L[:, 2] != IGNORE).sum())
-        # Room for the true caption and its end. Cut per row, so that the neighbours in a batch change nothing.
+        self._loss_sum += self._summed_loss(pixels_BHWC, text_B3L.to(self._device))
+        self._targets += PackedBatch.of(text_B3L).targets
+        # Leave room for the true caption and its end. Cut each row by itself, so that no result depends on the batch.
         most = [max(MAX_NEW_TOKENS, len(ids) + 1) for ids in captions]
-        decoded = greedy_decode(self._stack, self._tokenizer, pixels_BHWC, max_new_tokens=max(most))
+        decoded = greedy_decode(self._model, self._tokenizer, pixels_BHWC, max_new_tokens=max(most))
         for sample, ids, length in zip(samples, decoded, most, strict=True):
             self._compare(sample, self._tokenizer.decode(ids[:length]))
+
+    def _summed_loss(self, pixels_BHWC: Tensor, text_B3L: Tensor) -> float:
+        # A compiled attention kernel would be built anew for each length, and the rows are short.
+        with torch.inference_mode():
+            total, _ = self._model(pixels_BHWC.unsqueeze(1), text_B3L, kernel="sdpa")
+        return float(total)
 
     def _compare(self, sample: Sample, generated: str) -> None:
         match = generated.strip() == sample.caption.strip()
@@ -165,30 +170,16 @@ class CaptionScorer:
 
 
 def teacher_text(captions: Sequence[Sequence[int]], patches: int, tokenizer: Tokenizer) -> Tensor:
-    """One sample per row as training lays it out, padded on the right.
+    """Lay out one sample per row as training does, padded on the right.
 
     Returns:
-        int64 (B, 3, L): ids, segment ids (1, padding 0), labels. The last picture token predicts the first word.
+        Packed text, int64 (B, 3, L), with labels for captions and ends of sequence.
     """
     length = patches + max(len(ids) for ids in captions) + 1
-    text_B3L = torch.zeros(len(captions), 3, length, dtype=torch.int64)
-    text_B3L[:, 0], text_B3L[:, 2] = tokenizer.pad_id, IGNORE
-    for row, caption in zip(text_B3L, captions, strict=True):
-        targets = torch.tensor([*caption, tokenizer.eos_id])
-        end = patches + len(targets)
-        row[0, :patches], row[0, patches:end] = tokenizer.image_id, targets
-        row[1, :end] = 1
-        row[2, patches - 1 : end - 1] = targets
-    return text_B3L
-
-
-def _summed_loss(stack: Stack, pixels_BHWC: Tensor, text_B3L: Tensor) -> float:
-    head = stack.layers[-1]
-    assert isinstance(head, HeadLayer)
-    with torch.inference_mode():
-        hidden_BLD = hidden_states(stack, pixels_BHWC, text_B3L)
-        total, _ = head((hidden_BLD, torch.zeros(2, device=hidden_BLD.device), text_B3L))
-    return float(total)
+    text_B3L = empty_text(len(captions), length, tokenizer.pad_id)
+    for row_3L, caption in zip(text_B3L, captions, strict=True):
+        write_sample(row_3L, 0, 1, tokenizer.image_id, patches, [*caption, tokenizer.eos_id])
+    return torch.from_numpy(text_B3L)
 
 
 def _batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:

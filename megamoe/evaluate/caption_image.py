@@ -1,4 +1,4 @@
-"""The caption of one picture file."""
+"""Caption one picture file."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def caption_image(source: Path, image: Path, prompt: str = "") -> str:
     Args:
         source: Run folder (its newest checkpoint) or checkpoint folder.
         image: The picture.
-        prompt: Beginning of the caption, which the model goes on from. White space around it is taken off, as it is
-            from captions in training.
+        prompt: Beginning of the caption, which the model continues. White space around it is stripped, as it is from
+            captions in training.
 
     Returns:
         The whole caption, the prompt included.
 
     Raises:
-        UserError: the file is missing or no picture, or there is no such checkpoint.
+        UserError: the file is missing or is not a picture, or the checkpoint does not exist.
     """
     try:
         data = image.read_bytes()
@@ -38,8 +38,8 @@ def caption_image(source: Path, image: Path, prompt: str = "") -> str:
         reason = str(corrupt).removeprefix("image: ")
         raise UserError(f"image {image}: no picture ({reason}); give a whole JPEG, PNG or WebP file") from corrupt
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded.stack.to(device)
+    loaded.model.to(device)
     ids = loaded.tokenizer.encode(prompt.strip())
     pixels_BHWC = torch.from_numpy(pixels.copy()).unsqueeze(0).to(device)
-    (new,) = greedy_decode(loaded.stack, loaded.tokenizer, pixels_BHWC, [ids])
+    (new,) = greedy_decode(loaded.model, loaded.tokenizer, pixels_BHWC, [ids])
     return loaded.tokenizer.decode(ids + new)

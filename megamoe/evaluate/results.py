@@ -1,7 +1,7 @@
-"""Where the figures of an evaluation go: RUN/eval.json and RUN/eval/<name>.jsonl.
+"""Write the figures of an evaluation to RUN/eval.json and RUN/eval/<name>.jsonl.
 
-The split called ``validation`` is the top level of eval.json; all others are under ``splits``. A file that is there is
-added to: an evaluation replaces its own figures and leaves those of other splits.
+The split called ``validation`` is the top level of eval.json; all others are under ``splits``. An evaluation replaces the
+figures of its own split and keeps those of the others.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from megamoe.core.files import atomic_file
 
 MAIN_SPLIT = "validation"
 RESULTS_FILE = "eval.json"
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # it becomes the name of a file
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # becomes a file name
 
 
 def results_folder(source: Path) -> Path:
-    """The folder of the figures of ``source``, a run or a checkpoint.
+    """Return the folder that takes the figures of ``source``, a run or a checkpoint.
 
-    It is the run, also for one of its checkpoints. A checkpoint without a run has its figures beside it, since a
-    checkpoint is complete and does not change.
+    It is the run's folder, also for one of its checkpoints. For a checkpoint without a run it is the folder around the
+    checkpoint, because a complete checkpoint does not change.
     """
     source = source.resolve()
     if (source / "checkpoints").is_dir():
@@ -39,20 +39,20 @@ def results_folder(source: Path) -> Path:
 
 
 def check_name(name: str) -> None:
-    """Refuse a name of a split that cannot be the name of a file.
+    """Refuse a split name that cannot be a file name.
 
     Raises:
-        UserError: it has other characters than letters, digits, ``.``, ``_`` and ``-``, or begins with a dot.
+        UserError: it has characters other than letters, digits, ``.``, ``_`` and ``-``, or begins with a dot.
     """
     if not _NAME.fullmatch(name):
         raise UserError(f"--name {name!r}: names a file; use letters, digits, '.', '_' and '-', no dot in front")
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """What eval.json holds so far; nothing if there is none.
+    """Read eval.json; without one, return an empty dictionary.
 
     Raises:
-        UserError: it is no JSON object or cannot be read.
+        UserError: the file is not a JSON object or cannot be read.
     """
     path = folder / RESULTS_FILE
     try:
@@ -67,13 +67,13 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def write_results(folder: Path, result: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> Path:
-    """Put the figures of ``result["name"]`` into eval.json and its examples into eval/<name>.jsonl.
+    """Write the figures of ``result["name"]`` to eval.json and its examples to eval/<name>.jsonl.
 
     Returns:
-        Path of eval.json. Both files are whole at any time.
+        Path of eval.json. Both files are replaced atomically.
 
     Raises:
-        UserError: an eval.json that is there is damaged, or the folder cannot be written.
+        UserError: the existing eval.json is damaged, or the folder cannot be written.
     """
     name = result["name"]
     results = read_results(folder)
@@ -94,7 +94,7 @@ def write_results(folder: Path, result: Mapping[str, Any], examples: Sequence[Ma
 
 
 def png_base64(image: npt.NDArray[np.uint8]) -> str:
-    """uint8 (H, W, 3) -> a PNG in base64, as an HTML page can show it."""
+    """Encode uint8 (H, W, 3) as a PNG in base64, for an HTML page."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode("ascii")

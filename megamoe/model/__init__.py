@@ -1,4 +1,4 @@
-"""Architecture only: vision encoder, projector, decoder, sparse blocks, and the stack as a list of layers.
+"""Architecture only: vision encoder, projector, decoder, sparse blocks, and the model as a list of layers.
 
 Letters for dimensions, used as suffixes of tensors throughout (``scores_TK``):
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from megamoe.core.packed_batch import PackedBatch
 from megamoe.model.batch import once_per_batch
 
 Mask = Tensor | BlockMask
 
 
 def segment_positions(segments_BL: Tensor) -> Tensor:
-    """Position of each token within its segment, from 0. Returns int64 (B, L)."""
+    """Return the position of each token within its segment, counted from 0, int64 (B, L)."""
     index_L = torch.arange(segments_BL.shape[1], device=segments_BL.device)
     starts_BL = torch.ones_like(segments_BL, dtype=torch.bool)
     starts_BL[:, 1:] = segments_BL[:, 1:] != segments_BL[:, :-1]
@@ -26,23 +27,23 @@ def segment_positions(segments_BL: Tensor) -> Tensor:
 
 
 def packed_causal_mask(text_B3L: Tensor, kernel: str) -> Mask:
-    """Which tokens may see which: the same segment, not later. Padding (segment 0) sees padding, to stay finite."""
+    """Say which tokens may see which: those of the same segment, not later. Padding sees padding, to stay finite."""
     if kernel == "auto":
         kernel = "flex" if text_B3L.is_cuda else "sdpa"
     make = _block_mask if kernel == "flex" else _dense_mask
-    return once_per_batch(text_B3L, f"{kernel} mask", lambda: make(text_B3L[:, 1]))
+    return once_per_batch(text_B3L, f"{kernel} mask", lambda: make(PackedBatch.of(text_B3L).segments))
 
 
 def attend(q_BHLd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, mask: Mask | None) -> Tensor:
-    """Scaled dot-product attention; key/value heads are shared by H / G query heads each. Returns (B, H, L, d)."""
+    """Return scaled dot-product attention (B, H, L, d). Each key/value head is shared by H / G query heads."""
     shared = q_BHLd.shape[1] != k_BGLd.shape[1]
     if isinstance(mask, BlockMask):
-        # Compiled on CUDA, where it is a kernel; elsewhere the plain version computes the same.
+        # On CUDA it is compiled into one kernel; elsewhere the plain version computes the same.
         kernel = _compiled_flex() if q_BHLd.is_cuda else flex_attention
         out: Tensor = kernel(q_BHLd, k_BGLd, v_BGLd, block_mask=mask, enable_gqa=shared)  # type: ignore[operator]
         return out
     if shared and mask is not None and q_BHLd.is_cuda:
-        # With a mask and shared heads CUDA has cuDNN for bf16 alone, else the plain version, which keeps (B, H, L, L).
+        # With a mask and shared heads, CUDA has a fused kernel (cuDNN) for bf16 only. The plain one keeps (B, H, L, L).
         copies = q_BHLd.shape[1] // k_BGLd.shape[1]
         k_BGLd, v_BGLd = (x.repeat_interleave(copies, dim=1) for x in (k_BGLd, v_BGLd))
         shared = False
@@ -56,7 +57,7 @@ def _dense_mask(segments_BL: Tensor) -> Tensor:
 
 def _block_mask(segments_BL: Tensor) -> BlockMask:
     B, L = segments_BL.shape
-    # A copy: the mask keeps what it looks at, and a view would keep the tensor it is filed under alive for ever.
+    # Copy the segments: the mask keeps them, and a view would keep its own key in the per-batch cache alive forever.
     segments_BL = segments_BL.clone()
 
     def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:

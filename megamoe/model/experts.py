@@ -28,13 +28,17 @@ class Experts(nn.Module):
 
         Args:
             rows_ND: Rows sorted by expert.
-            ends_e: int32, where the rows of each expert held here end; the last is N.
+            ends_e: int32, end of the rows of each expert held here; the last is N.
 
         Returns:
             (N, D)
         """
         gate_NF, up_NF = grouped_linear(rows_ND, self.gate_up, ends_e).chunk(2, dim=-1)
         return grouped_linear(F.silu(gate_NF) * up_NF, self.down, ends_e)
+
+    def flops(self, rows: int) -> int:
+        """Forward FLOPs for this many rows, whichever experts they visit."""
+        return 2 * rows * (self.gate_up[0].numel() + self.down[0].numel())
 
 
 def grouped_linear(rows_NI: Tensor, weight_eOI: Tensor, ends_e: Tensor) -> Tensor:
@@ -76,12 +80,12 @@ def _rows_times(rows_NI: Tensor, matrices_eIO: Tensor, ends_e: Tensor) -> Tensor
 
 
 def _groups(ends: Tensor) -> list[slice]:
-    """The rows of each group. On CUDA this waits for the device, which the fused kernel does not."""
+    """Return the rows of each group. On CUDA this waits for the device; the fused kernel does not."""
     stops = ends.tolist()
     return [slice(start, stop) for start, stop in pairwise([0, *stops])]
 
 
 def _fused(rows: Tensor, weight: Tensor) -> bool:
-    # The CPU version of grouped_mm is a loop with concatenation. The CUDA kernel wants each row to begin at a multiple of
-    # 16 bytes, in rows, weights and results: both widths a multiple of 8.
+    # The CPU version of grouped_mm is a loop with concatenation. The CUDA kernel needs every row of inputs, weights and
+    # results to begin at a multiple of 16 bytes, so both widths must be multiples of 8.
     return rows.is_cuda and rows.dtype == torch.bfloat16 and not any(width % 8 for width in weight.shape[1:])

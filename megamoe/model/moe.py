@@ -1,7 +1,7 @@
-"""Sparse block: softmax top-k router in fp32 with renormalised weights, dropless dispatch, auxiliary losses.
+"""Sparse MLP: softmax top-k router in fp32 with renormalised weights, dropless dispatch, auxiliary losses.
 
 The losses are taken per packed sequence and averaged over sequences. A sequence is never split between ranks or
-micro-batches, so no layout changes them (per-batch losses would: they are products of means).
+micro-batches, so the losses do not depend on the layout. Losses per batch would, because they are products of means.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from megamoe.model.parameter import ExpertShard, matrix
 
 
 class Exchange(Protocol):
-    """How rows reach the ranks that hold their experts."""
+    """Takes rows to the ranks that hold their experts."""
 
     def agree(self, counts_E: Tensor) -> Dispatch:
-        """Tell the other ranks how many rows go to each global expert, and learn how many come. All ranks must call."""
+        """Exchange with the other ranks how many rows go to each global expert. All ranks of the group must call it."""
 
 
 class Dispatch(Protocol):
-    """One exchange that all ranks of the group have agreed on."""
+    """One exchange whose row counts all ranks of the group know."""
 
     rows: int
     """Rows that this rank sends."""
@@ -53,7 +53,7 @@ class Router(nn.Module):
         self.weight = matrix(config.experts, width, std=std)
 
     def forward(self, x_BSD: Tensor, valid_BS: Tensor) -> Routing:
-        """Route all tokens; those that are not ``valid`` count in no loss and in no load."""
+        """Route all tokens. Tokens that are not valid count in no loss and no load."""
         logits_BSE = F.linear(x_BSD.float(), self.weight.float())
         probs_BSE = logits_BSE.softmax(-1)
         top_BSK, experts_BSK = probs_BSE.topk(self.top_k, dim=-1)
@@ -75,6 +75,10 @@ class Router(nn.Module):
             counts_BE.detach().sum(0).long(),
         )
 
+    def flops(self, tokens: int) -> int:
+        """Forward FLOPs for this many tokens."""
+        return 2 * tokens * self.weight.numel()
+
 
 class SparseMLP(nn.Module):
     """Router and experts in place of an MLP. Dropless: every valid token visits its K experts."""
@@ -83,10 +87,10 @@ class SparseMLP(nn.Module):
         super().__init__()
         self.router = Router(width, config, std)
         self.experts = Experts(width, hidden, config.experts, shard, std, out_std)
-        self.exchange: Exchange | None = None  # set by megamoe.parallel when experts live on several ranks
+        self.exchange: Exchange | None = None  # set by megamoe.parallel where several ranks share the experts
 
     def forward(self, x_BSD: Tensor, valid_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mix the chosen experts' results.
+        """Send each token to its experts and mix their results.
 
         Args:
             x_BSD: Normalised input.
@@ -100,14 +104,14 @@ class SparseMLP(nn.Module):
         E, K = self.router.experts, self.router.top_k
         x_TD, weights_TK = x_BSD.reshape(B * S, D), routing.weights_TK
         if self.exchange is None and _keeps_padding(x_BSD):
-            # How many rows are padding is known on the device alone. They visit their experts, and count nothing.
+            # Only the device knows how many rows are padding. They visit their experts with weight zero.
             weights_TK = weights_TK * valid_BS.reshape(-1, 1)
             sorted_N, order_N = routing.experts_TK.flatten().to(torch.int32).sort(stable=True)
             experts_E = torch.arange(E, dtype=torch.int32, device=x_BSD.device)
             ends_E = torch.searchsorted(sorted_N, experts_E, right=True, out_int32=True)
             routed_ND = self.experts(_take_rows(x_TD, order_N, K), ends_E)
         else:
-            # Choices of padding sort behind all experts and are cut off.
+            # The choices of padding sort after all experts and are cut off.
             choice_TK = routing.experts_TK.masked_fill(~valid_BS.reshape(-1, 1), E)
             order_N = choice_TK.flatten().argsort(stable=True)
             if self.exchange is None:
@@ -120,9 +124,13 @@ class SparseMLP(nn.Module):
         out_TD = (weights_TK.to(choices_TKD.dtype).unsqueeze(1) @ choices_TKD).squeeze(1)
         return out_TD.view(B, S, D), routing.losses_2, routing.counts_E
 
+    def flops(self, tokens: int) -> int:
+        """Forward FLOPs for this many tokens, each of which visits K experts."""
+        return self.router.flops(tokens) + self.experts.flops(tokens * self.router.top_k)
+
 
 def _keeps_padding(x: Tensor) -> bool:
-    # On a CPU the number of rows costs nothing to know, and padding is left out.
+    # On a CPU the number of rows is known at no cost, so padding need not be routed.
     return x.is_cuda
 
 
@@ -132,7 +140,7 @@ def _take_rows(x_TD: Tensor, order_N: Tensor, copies: int) -> Tensor:
 
 
 class _TakeRows(torch.autograd.Function):
-    """``x[order // K]``. Its backward adds the K copies in a fixed order: atomics would not be deterministic."""
+    """Compute ``x[order // K]``. Its backward adds the K copies in a fixed order; atomics would not be deterministic."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, copies: int) -> Tensor:
@@ -153,7 +161,7 @@ def _put_back(routed_ND: Tensor, order_N: Tensor) -> Tensor:
 
 
 class _PutBack(torch.autograd.Function):
-    """Row i to place ``order[i]`` of as many places as ``order`` has; those beyond the last row come out as zero."""
+    """Put row i in place ``order[i]``, of as many places as ``order`` has. Places that get no row are zero."""
 
     @staticmethod
     def forward(ctx: Any, routed_ND: Tensor, order_N: Tensor) -> Tensor:

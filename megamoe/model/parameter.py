@@ -1,6 +1,6 @@
-"""Parameters that know what they are a piece of and how they start.
+"""Parameters that carry which piece of the global parameter they are, and their initial distribution.
 
-Initial weights depend only on (seed, global name, global expert): every layout builds the same model.
+Initial weights depend only on (seed, global name, global expert), so every layout builds the same model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ParameterInfo:
 
     @property
     def is_expert(self) -> bool:
-        """Whether each rank of an expert-parallel group holds another part of it."""
+        """Whether each rank of an expert-parallel group holds a different part of it."""
         return self.global_experts > 0
 
 
@@ -43,30 +43,30 @@ class ExpertShard:
 
 
 def matrix(*shape: int, std: float) -> nn.Parameter:
-    """A weight that starts from a normal distribution."""
+    """Make a weight that starts from a normal distribution."""
     return _parameter(shape, ParameterInfo(std=std))
 
 
 def vector(size: int, fill: float) -> nn.Parameter:
-    """A bias or norm scale that starts constant."""
+    """Make a bias or norm scale that starts constant."""
     return _parameter((size,), ParameterInfo(std=0.0, fill=fill))
 
 
 def expert_matrix(experts: int, shard: ExpertShard, *shape: int, std: float) -> nn.Parameter:
-    """The experts held here, stacked: (experts / shard.size, *shape)."""
+    """Make the stacked weights of the experts held here: (experts / shard.size, *shape)."""
     held = experts // shard.size
     return _parameter((held, *shape), ParameterInfo(std, global_experts=experts, first_expert=held * shard.rank))
 
 
 def info_of(parameter: nn.Parameter) -> ParameterInfo:
-    """The :class:`ParameterInfo` of a parameter made in this module."""
+    """Return the :class:`ParameterInfo` of a parameter made in this module."""
     info: ParameterInfo = parameter.info  # type: ignore[attr-defined]
     return info
 
 
 @torch.no_grad()
 def initialize(name: str, parameter: nn.Parameter, seed: int) -> None:
-    """Fill a parameter. ``name`` is its global name."""
+    """Fill a parameter with its initial values. ``name`` is its global name."""
     info = info_of(parameter)
     if info.std == 0:
         parameter.fill_(info.fill)
@@ -78,7 +78,7 @@ def initialize(name: str, parameter: nn.Parameter, seed: int) -> None:
 
 
 def _fill_normal(tensor: torch.Tensor, std: float, seed: int, name: str) -> None:
-    # Drawn on the CPU so that CPU and CUDA runs of one seed start equal.
+    # Draw on the CPU so that CPU and CUDA runs of one seed start equal.
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     tensor.copy_(torch.empty(tensor.shape).normal_(0.0, std, generator=generator))

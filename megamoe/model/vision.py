@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from megamoe.config import MoEConfig, VisionConfig
+from megamoe.config import ModelConfig, MoEConfig, VisionConfig
 from megamoe.model.attention import attend
+from megamoe.model.batch import patches_in_use
+from megamoe.model.layers import GeluMLP, LayerNorm, Linear
 from megamoe.model.moe import SparseMLP
-from megamoe.model.parameter import ExpertShard, matrix, vector
-
-
-class Linear(nn.Module):
-    """Linear map with a bias, as SigLIP and LLaVA have everywhere."""
-
-    def __init__(self, fan_in: int, fan_out: int, std: float):
-        super().__init__()
-        self.weight = matrix(fan_out, fan_in, std=std)
-        self.bias = vector(fan_out, 0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., fan_in) -> (..., fan_out)"""
-        return F.linear(x, self.weight, self.bias)
-
-
-class LayerNorm(nn.Module):
-    """Layer norm over the last dimension."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = vector(width, 1.0)
-        self.bias = vector(width, 0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)"""
-        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+from megamoe.model.parameter import ExpertShard, matrix
+from megamoe.model.pipeline_layer import BlockLayer, BlockOutput, PipelineLayer, SequenceShape, State
 
 
 class PatchEmbedding(nn.Module):
@@ -44,7 +20,7 @@ class PatchEmbedding(nn.Module):
     def __init__(self, config: VisionConfig, std: float):
         super().__init__()
         self.patch_size = config.patch_size
-        self.patch = Linear(3 * config.patch_size**2, config.width, std)
+        self.patch = Linear(3 * config.patch_size**2, config.width, std, bias=True)
         self.position = matrix(config.patches, config.width, std=std)
 
     def forward(self, pixels_NHWC: Tensor) -> Tensor:
@@ -64,31 +40,26 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig, std: float, out_std: float):
         super().__init__()
         self.heads = config.heads
-        self.q = Linear(config.width, config.width, std)
-        self.k = Linear(config.width, config.width, std)
-        self.v = Linear(config.width, config.width, std)
-        self.out = Linear(config.width, config.width, out_std)
+        self.q = Linear(config.width, config.width, std, bias=True)
+        self.k = Linear(config.width, config.width, std, bias=True)
+        self.v = Linear(config.width, config.width, std, bias=True)
+        self.out = Linear(config.width, config.width, out_std, bias=True)
 
     def forward(self, x_NPD: Tensor) -> Tensor:
-        """(N, P, D) -> (N, P, D); N pictures do not see each other."""
+        """(N, P, D) -> (N, P, D). The N pictures do not see each other."""
         N, P, D = x_NPD.shape
         q, k, v = (
             project(x_NPD).view(N, P, self.heads, D // self.heads).transpose(1, 2) for project in (self.q, self.k, self.v)
         )
         return self.out(attend(q, k, v, None).transpose(1, 2).reshape(N, P, D))
 
+    def projection_flops(self, tokens: int) -> int:
+        """Forward FLOPs of the four linear maps."""
+        return sum(linear.flops(tokens) for linear in (self.q, self.k, self.v, self.out))
 
-class VisionMLP(nn.Module):
-    """Dense MLP with tanh-approximated GELU."""
-
-    def __init__(self, config: VisionConfig, std: float, out_std: float):
-        super().__init__()
-        self.fc1 = Linear(config.width, config.mlp_width, std)
-        self.fc2 = Linear(config.mlp_width, config.width, out_std)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)"""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+    def score_flops(self, tokens: int, patches: int) -> int:
+        """Forward FLOPs of scores and weighted values. Each token sees all patches of its picture."""
+        return 4 * patches * self.out.weight.shape[0] * tokens
 
 
 class VisionBlock(nn.Module):
@@ -101,18 +72,14 @@ class VisionBlock(nn.Module):
         self.norm1 = LayerNorm(config.width, config.norm_eps)
         self.attention = VisionAttention(config, std, out_std)
         self.norm2 = LayerNorm(config.width, config.norm_eps)
-        self.mlp: SparseMLP | VisionMLP
+        self.mlp: SparseMLP | GeluMLP
         if config.is_sparse(index):
             self.mlp = SparseMLP(config.width, config.expert_width, moe, shard, std, out_std)
         else:
-            self.mlp = VisionMLP(config, std, out_std)
+            self.mlp = GeluMLP(config.width, config.mlp_width, std, out_std)
 
-    def forward(self, x_BSD: Tensor, valid_BS: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Transform S = I*P patch tokens per sequence; those that are not valid belong to unused picture slots.
-
-        Returns:
-            (B, S, D), and of a sparse block its losses (2,) and choices per expert (E,), else None twice.
-        """
+    def forward(self, x_BSD: Tensor, valid_BS: Tensor) -> BlockOutput:
+        """Transform S = I*P patch tokens per sequence. Tokens that are not valid belong to unused picture slots."""
         B, S, D = x_BSD.shape
         pictures_NPD = self.norm1(x_BSD).view(B * S // self.patches, self.patches, D)
         x_BSD = x_BSD + self.attention(pictures_NPD).view(B, S, D)
@@ -121,3 +88,51 @@ class VisionBlock(nn.Module):
             out_BSD, losses_2, counts_E = self.mlp(normed_BSD, valid_BS)
             return x_BSD + out_BSD, losses_2, counts_E
         return x_BSD + self.mlp(normed_BSD), None, None
+
+    def flops(self, tokens: int) -> int:
+        """Forward FLOPs for this many patch tokens."""
+        products = self.attention.projection_flops(tokens) + self.mlp.flops(tokens)
+        return products + self.attention.score_flops(tokens, self.patches)
+
+
+class PatchEmbeddingLayer(PipelineLayer):
+    """The first layer: pixels of all picture slots -> patch tokens."""
+
+    def __init__(self, model: ModelConfig):
+        super().__init__()
+        self.embed = PatchEmbedding(model.vision, model.init_std)
+        self.patches = model.vision.patches
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> State:
+        """uint8 (B, I, height, width, 3), int64 (B, 3, L) -> state, S = I*P."""
+        pixels, text_B3L = batch
+        B, slots = pixels.shape[:2]
+        patches = self.embed(pixels.flatten(0, 1))
+        # A leaf with a gradient: a first stage without a sparse block still gets one back from the next stage.
+        losses_2 = torch.zeros(2, dtype=torch.float32, device=patches.device, requires_grad=torch.is_grad_enabled())
+        return patches.reshape(B, slots * patches.shape[1], -1), losses_2, text_B3L
+
+    def flops(self, shape: SequenceShape) -> int:
+        """Forward FLOPs for one packed sequence."""
+        return self.embed.patch.flops(shape.patch_tokens)
+
+
+class VisionLayer(BlockLayer):
+    """A vision block on the patch tokens."""
+
+    block: VisionBlock
+
+    def __init__(self, model: ModelConfig, index: int, shard: ExpertShard, image_token: int):
+        super().__init__(VisionBlock(model.vision, model.moe, index, shard, model.init_std))
+        self.image_token = image_token
+
+    def forward(self, state: State) -> State:
+        """Transform the activations, S = I*P."""
+        hidden_BSD, losses_2, text_B3L = state
+        valid_BS = patches_in_use(text_B3L, self.image_token, hidden_BSD.shape[1])
+        hidden_BSD, losses_2 = self.step(losses_2, hidden_BSD, valid_BS)
+        return hidden_BSD, losses_2, text_B3L
+
+    def flops(self, shape: SequenceShape) -> int:
+        """Forward FLOPs for one packed sequence."""
+        return self.block.flops(shape.patch_tokens)

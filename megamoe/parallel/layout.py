@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 
 from megamoe.config import Config
-from megamoe.config.size import LayerSize, ModelSize, model_size
 from megamoe.core.errors import UserError
+from megamoe.model.layer_names import layer_names
+from megamoe.model.size import LayerSize, ModelSize, model_size
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Layout:
         expert: Ranks that share a block's experts; a divisor of ``data``.
         zero: ZeRO stage.
         accumulation: Micro-batches per rank and optimizer step.
-        bounds: Stage s holds layers bounds[s] .. bounds[s+1]-1.
+        config: What the layout was planned for.
     """
 
     pipeline: int
@@ -28,7 +30,12 @@ class Layout:
     expert: int
     zero: int
     accumulation: int
-    bounds: tuple[int, ...]
+    config: Config = field(repr=False, compare=False)
+
+    @cached_property
+    def bounds(self) -> tuple[int, ...]:
+        """Stage s holds layers bounds[s] to bounds[s+1] - 1. Computed at the first use, which imports torch."""
+        return tuple(_partition(model_size(self.config), self.pipeline, needs_experts=self.expert > 1))
 
     @property
     def world_size(self) -> int:
@@ -90,14 +97,21 @@ def plan_layout(config: Config, world_size: int) -> Layout:
             f"train.global_batch {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch} x "
             f"{data} data-parallel ranks; use train.global_batch={_round_up(train.global_batch, train.micro_batch * data)}"
         )
-    size = model_size(config)
-    if expert > 1 and size.sparse_blocks == 0:
+    layers = layer_names(config.model)
+    sparse_blocks = sum(layers.values())
+    if expert > 1 and sparse_blocks == 0:
         raise UserError(
             f"parallel.expert is {expert} but no block is sparse; use parallel.expert=1, "
             f"model.vision.sparse_every or model.decoder.sparse_every"
         )
-    bounds = _partition(size, pipeline, needs_experts=expert > 1)
-    return Layout(pipeline, data, expert, parallel.zero, train.global_batch // (train.micro_batch * data), tuple(bounds))
+    if pipeline > len(layers):
+        raise UserError(f"parallel.pipeline {pipeline} is more than the {len(layers)} layers of the model")
+    if expert > 1 and pipeline > sparse_blocks:
+        raise UserError(
+            f"parallel.pipeline {pipeline} with parallel.expert > 1 needs a sparse block in each stage, but the model has "
+            f"{sparse_blocks}; use parallel.pipeline={sparse_blocks} or set model.vision.sparse_every"
+        )
+    return Layout(pipeline, data, expert, parallel.zero, train.global_batch // (train.micro_batch * data), config)
 
 
 def _partition(size: ModelSize, stages: int, needs_experts: bool) -> list[int]:
@@ -107,8 +121,6 @@ def _partition(size: ModelSize, stages: int, needs_experts: bool) -> list[int]:
     group, and a stage without one never joins it (it hangs).
     """
     layers = size.layers
-    if stages > len(layers):
-        raise UserError(f"parallel.pipeline {stages} is more than the {len(layers)} layers of the model")
     flops = [0.0, *accumulate(layer.flops for layer in layers)]
     sparse = [0, *accumulate(int(layer.sparse) for layer in layers)]
     infinite = float("inf")
@@ -123,11 +135,6 @@ def _partition(size: ModelSize, stages: int, needs_experts: bool) -> list[int]:
                 cost = max(best[stage - 1][start], flops[end] - flops[start])
                 if cost < best[stage][end]:
                     best[stage][end], cut[stage][end] = cost, start
-    if best[stages][len(layers)] == infinite:
-        raise UserError(
-            f"parallel.pipeline {stages} with parallel.expert > 1 needs a sparse block in each stage, but the model has "
-            f"{size.sparse_blocks}; use parallel.pipeline={max(1, size.sparse_blocks)} or set model.vision.sparse_every"
-        )
     bounds = [len(layers)]
     for stage in range(stages, 0, -1):
         bounds.append(cut[stage][bounds[-1]])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megamoe.config import Config
-from megamoe.config.size import LayerSize, model_size
+from megamoe.model.size import LayerSize, model_size
 from megamoe.parallel.layout import Layout, stage_layers
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from megamoe.model.stack import SparseLayer
+from megamoe.model.pipeline_layer import BlockLayer
 
 
 def apply_recompute(module: nn.Module, mode: str) -> None:
@@ -17,7 +17,7 @@ def apply_recompute(module: nn.Module, mode: str) -> None:
     """
     if mode == "none":
         return
-    for layer in [m for m in module.modules() if isinstance(m, SparseLayer)]:
+    for layer in [m for m in module.modules() if isinstance(m, BlockLayer)]:
         if mode == "block":
             layer.run = _checkpointed
         else:

@@ -16,9 +16,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from megamoe.config import Config, load_config
-from megamoe.config.size import model_size
 from megamoe.core.errors import UserError
 from megamoe.metrics.metrics_file import METRICS_FILE, read_metrics
+from megamoe.model.size import model_size
 from megamoe.parallel.layout import plan_layout
 from megamoe.report.figures import Array, curves, expert_heat_map
 

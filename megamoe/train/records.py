@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from megamoe.config import Config
+from megamoe.core.packed_batch import PackedBatch
 from megamoe.data.loader.lane import LostSample
 from megamoe.data.loader.step_loader import StepBatch
 from megamoe.data.sample.tokenizer import Tokenizer
@@ -116,7 +117,8 @@ def _pictures(batch: StepBatch, tokenizer: Tokenizer) -> tuple[npt.NDArray[np.ui
     """The first pictures of a batch, uint8 (N, H, W, 3), with their captions."""
     pixels, captions = [], []
     for images, text in batch.micro_batches:
-        for images_I, (ids, segments, _) in zip(images, text, strict=True):
+        for images_I, text_3L in zip(images, text, strict=True):
+            ids, segments, _ = PackedBatch.of(text_3L)
             for segment in range(1, int(segments.max()) + 1):
                 words = ids[(segments == segment) & (ids != tokenizer.image_id) & (ids != tokenizer.eos_id)]
                 pixels.append(images_I[segment - 1])

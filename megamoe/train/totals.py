@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megamoe.core.errors import DataError
+from megamoe.core.packed_batch import PackedBatch
 from megamoe.data.loader.step_loader import StepBatch
 
 # Before that many samples a single bad one would already be a large share.
@@ -50,7 +51,7 @@ def step_totals(
     pairs = [(number, what) for number in range(len(sources)) for what in _OF_SOURCE]
     mine: list[float] = [0] * (len(_OF_STEP) + len(pairs) + len(_OF_READING))
     if batch is not None:
-        tokens = sum(int((text[:, 1] > 0).sum()) for _, text in batch.micro_batches)
+        tokens = sum(PackedBatch.of(text).tokens for _, text in batch.micro_batches)
         shard = sum(count for (_, what), count in batch.counters.items() if what == "lost_shard")
         samples, lost = len(batch.samples), len(batch.lost)
         drawn = samples + lost - sum(count for (_, what), count in batch.counters.items() if what == "lost_incomplete")

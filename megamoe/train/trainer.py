@@ -13,13 +13,13 @@ from megamoe import __version__
 from megamoe.checkpoint.checkpointer import Checkpointer
 from megamoe.checkpoint.train_state import TrainState
 from megamoe.config import Config
-from megamoe.config.size import model_size
 from megamoe.core.errors import DataError, DisagreementError, NonFiniteError, SpikeError
 from megamoe.data.loader.step_loader import StepBatch, StepLoader
 from megamoe.data.order.position import DataState
 from megamoe.data.sample.tokenizer import Tokenizer
 from megamoe.data.shards.catalog import DataSet, data_fingerprint
 from megamoe.data.shards.from_config import open_cache
+from megamoe.model.size import model_size
 from megamoe.parallel.consistency import check_agreement
 from megamoe.parallel.deepspeed.engine import StepResult, TrainEngine
 from megamoe.parallel.deepspeed.main_parameter_sums import MasterSums

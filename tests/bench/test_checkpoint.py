@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megamoe.config import Config
-from megamoe.config.size import model_size
+from megamoe.model.size import model_size
 from tests.training import megamoe, small_config, write_config
 
 

@@ -18,8 +18,8 @@ from megamoe.checkpoint.train_state import TrainState
 from megamoe.checkpoint.verify import verify_checkpoint
 from megamoe.commands.checkpoint import checkpoint
 from megamoe.config import Config, load_config
-from megamoe.config.size import model_size
 from megamoe.core.errors import CheckpointError, DamagedCheckpoint
+from megamoe.model.size import model_size
 from tests.training import ROOT, small_config
 
 EXPERTS = "weight/decoder.blocks.1.mlp.experts.gate_up"

@@ -8,8 +8,8 @@ import pytest
 
 from megamoe.config import dump_config, load_config
 from megamoe.config.reference import reference_page
-from megamoe.config.size import model_size
 from megamoe.core.errors import UserError
+from megamoe.model.size import model_size
 from tests.training import ROOT
 
 

@@ -21,6 +21,7 @@ import torch
 
 from megamoe.config.schema import DataConfig, VisionConfig
 from megamoe.core.errors import DataError, UserError
+from megamoe.core.packed_batch import PackedBatch
 from megamoe.data.loader import lane as lane_module
 from megamoe.data.loader.processes import WorkerDied
 from megamoe.data.loader.step_loader import StepBatch, StepLoader, _InWorkers
@@ -69,7 +70,7 @@ def slots_of(step: StepBatch, cursors: Mapping[int, int], dp_rank: int, dp_size:
             ids = tuple(name for number, name in step.samples if number == slot)
             lost = tuple((each.id, each.reason) for each in step.lost if each.slot == slot)
             found[slot] = (pixels[b].numpy().tobytes(), text[b].numpy().tobytes(), ids, lost, cursors[slot])
-    assert step.targets == sum((text[:, 2] != -100).sum().item() for _, text in step.micro_batches)
+    assert step.targets == sum(PackedBatch.of(text).targets for _, text in step.micro_batches)
     assert step.wait_seconds >= 0
     return found
 

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamoe.data.sample.pack import IGNORED, PackShape, SequenceBuilder
+from megamoe.core.packed_batch import IGNORE
+from megamoe.data.sample.pack import PackShape, SequenceBuilder
 from megamoe.data.sample.tokenizer import Tokenizer
 
 P, SLOTS = 4, 3
@@ -35,9 +36,9 @@ def test_a_sequence_is_its_samples_in_order(tokenizer: Tokenizer, length: int, c
         assert (np.diff(here) == 1).all()
         expected = [tokenizer.image_id] * P + caption[: length - P - 1] + [tokenizer.eos_id]
         assert ids[here].tolist() == expected
-        assert labels[here].tolist() == [IGNORED] * (P - 1) + expected[P:] + [IGNORED]
-    assert (labels[used:] == IGNORED).all()
-    assert builder.targets == (labels != IGNORED).sum()
+        assert labels[here].tolist() == [IGNORE] * (P - 1) + expected[P:] + [IGNORE]
+    assert (labels[used:] == IGNORE).all()
+    assert builder.targets == (labels != IGNORE).sum()
     assert builder.truncated == sum(len(caption) > length - P - 1 for caption in taken)
     assert builder.pixels[:, 0, 0, 0].tolist() == [n + 1 if n < len(taken) else 0 for n in range(SLOTS)]
 

@@ -17,13 +17,13 @@ from PIL import Image
 
 from megamoe.checkpoint import LoadedModel, load_model
 from megamoe.core.errors import CheckpointError, DataError, UserError
+from megamoe.core.packed_batch import PackedBatch
 from megamoe.data.sample.pack import PackShape, SequenceBuilder
 from megamoe.data.shards.index import learn_index
 from megamoe.data.shards.sequential import read_samples
 from megamoe.evaluate import caption as caption_module
 from megamoe.evaluate.caption import evaluate_caption
 from megamoe.evaluate.results import read_results, results_folder, write_results
-from megamoe.model.batch import IGNORE
 from megamoe.report.page import write_report
 from tests.data.shard_factory import jpeg, write_tar
 from tests.evaluate.conftest import LEARNT, shard
@@ -48,8 +48,8 @@ def training_loss(source: Path, data: Path) -> float:
         builder.add(loaded.tokenizer.encode(sample.caption))
         text = torch.from_numpy(builder.text)[None]
         with torch.no_grad():
-            total += float(loaded.stack(torch.from_numpy(builder.pixels)[None], text)[0])
-        targets += int((text[:, 2] != IGNORE).sum())
+            total += float(loaded.model(torch.from_numpy(builder.pixels)[None], text)[0])
+        targets += PackedBatch.of(text).targets
     return total / targets
 
 
@@ -185,7 +185,7 @@ def test_results_folder_of_a_relative_path(own_run: Path, monkeypatch: pytest.Mo
 def test_a_loss_that_is_not_finite_is_null(own_run: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def diverged(source: Path) -> LoadedModel:
         loaded = load_model(source)
-        loaded.stack.layers[-1].out.weight.fill_(torch.nan)
+        loaded.model.layers[-1].out.weight.fill_(torch.nan)
         return loaded
 
     monkeypatch.setattr(caption_module, "load_model", diverged)

@@ -22,7 +22,7 @@ from launcher.health.node import (
     room_problem,
 )
 from megamoe.config.schema import Config, LaunchConfig
-from megamoe.config.size import model_size
+from megamoe.model.size import model_size
 
 GPU = {
     "gpu": "0, GPU-aa, 4, 0\n1, GPU-bb, 4, [N/A]\n",

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlavaConfig, Qwen3MoeConfig, SiglipVisionConfig
 
 from megamoe.config import ModelConfig
-from megamoe.model.stack import Stack, named_parameters
+from megamoe.model.vlm import VisionLanguageModel, named_parameters
 
 # Our name of a parameter -> theirs; the first pattern that fits the whole name.
 _VISION, _LANGUAGE = r"vision\.blocks\.(\d+)\.", r"decoder\.blocks\.(\d+)\."
@@ -54,7 +54,7 @@ def hf_name(name: str) -> str:
     raise KeyError(f"{name} has no place in LlavaForConditionalGeneration")
 
 
-def hf_state(stack: Stack) -> dict[str, Tensor]:
+def hf_state(stack: VisionLanguageModel) -> dict[str, Tensor]:
     """All weights under their names; only the patch projection has another shape there, that of a convolution."""
     state = {}
     for spec, layer in zip(stack.specs, stack.layers, strict=True):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megamoe.config import Config, parse_config
-from megamoe.model.batch import IGNORE
-from megamoe.model.stack import HeadLayer, Stack, build_stack
+from megamoe.core.packed_batch import empty_text, write_sample
+from megamoe.model.vlm import VisionLanguageModel, build_model
 
 PAD, EOS, IMAGE = 0, 2, 3
 FIRST_WORD = 4
@@ -66,15 +66,15 @@ def small_config(seed: int, **changes: Any) -> Config:
     return parse_config(tree, source=f"small model {seed}")
 
 
-def small_stack(config: Config) -> Stack:
-    """The model in eval mode, with norms and biases drawn too: at 1 and 0 a missing one would not be noticed."""
-    stack = build_stack(config, IMAGE)
+def small_model(config: Config) -> VisionLanguageModel:
+    """Build the model in eval mode, with random norms and biases: at 1 and 0 a missing one would not be noticed."""
+    model = build_model(config, IMAGE)
     generator = torch.Generator().manual_seed(config.run.seed)
     with torch.no_grad():
-        for parameter in stack.parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.empty(parameter.shape).normal_(0.0, 0.3, generator=generator))
-    return stack.eval()
+    return model.eval()
 
 
 @dataclass(frozen=True)
@@ -99,25 +99,17 @@ def random_samples(config: Config, count: int, seed: int) -> list[Pictured]:
 
 def pack(samples: Sequence[Pictured], patches: int, length: int, images: int) -> tuple[Tensor, Tensor]:
     """One packed sequence: uint8 (1, I, H, W, 3), int64 (1, 3, L)."""
-    ids: list[int] = []
-    segments: list[int] = []
-    labels: list[int] = []
+    text, end = empty_text(1, length, PAD), 0
     for number, sample in enumerate(samples, start=1):
-        ids += [IMAGE] * patches + sample.words
-        segments += [number] * (patches + len(sample.words))
-        labels += [IGNORE] * (patches - 1) + sample.words + [IGNORE]
-    room = length - len(ids)
-    text = torch.tensor([ids + [PAD] * room, segments + [0] * room, labels + [IGNORE] * room])
+        end = write_sample(text[0], end, number, IMAGE, patches, sample.words)
     pixels = torch.zeros(images, *samples[0].pixels.shape, dtype=torch.uint8)
     pixels[: len(samples)] = torch.stack([sample.pixels for sample in samples])
-    return pixels.unsqueeze(0), text.unsqueeze(0)
+    return pixels.unsqueeze(0), torch.from_numpy(text)
 
 
-def logits(stack: Stack, pixels: Tensor, text_B3L: Tensor) -> Tensor:
+def logits(model: VisionLanguageModel, pixels: Tensor, text_B3L: Tensor) -> Tensor:
     """Scores of all positions (B, L, V)."""
     state: tuple[Tensor, ...] = (pixels, text_B3L)
-    for layer in stack.layers[:-1]:
+    for layer in list(model.layers)[:-1]:
         state = layer(state)
-    head = stack.layers[-1]
-    assert isinstance(head, HeadLayer)
-    return head.logits(state[0])
+    return model.head.logits(state[0])

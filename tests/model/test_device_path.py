@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from megamoe.config import Config, MoEConfig
+from megamoe.core.packed_batch import IGNORE, PackedBatch
 from megamoe.model import experts as experts_module
 from megamoe.model import moe as moe_module
-from megamoe.model.batch import IGNORE, announce_labels, labelled_positions
+from megamoe.model.batch import announce_labels, labelled_positions
 from megamoe.model.moe import SparseMLP
 from megamoe.model.parameter import ExpertShard
-from megamoe.model.stack import Stack, build_stack
-from tests.model.small import IMAGE, pack, random_samples, small_config, small_stack
+from megamoe.model.vlm import VisionLanguageModel, build_model
+from tests.model.small import IMAGE, pack, random_samples, small_config, small_model
 
 
 @pytest.fixture
@@ -24,11 +25,11 @@ def device_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moe_module, "_keeps_padding", lambda x: True)
 
 
-def gradients(stack: Stack, pixels: Tensor, text: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
-    stack.zero_grad()
-    total, losses = stack(pixels, text)
+def gradients(model: VisionLanguageModel, pixels: Tensor, text: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+    model.zero_grad()
+    total, losses = model(pixels, text)
     (total + losses.sum()).backward()
-    return [total.detach(), losses.detach()], {n: p.grad.clone() for n, p in stack.named_parameters() if p.grad is not None}
+    return [total.detach(), losses.detach()], {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def batch(config: Config) -> tuple[Tensor, Tensor]:
@@ -43,13 +44,13 @@ def test_losses_and_all_gradients_are_those_of_the_path_that_drops_padding(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_config(seed, model__vision__sparse_every=1, model__decoder__sparse_every=1)
-    stack = small_stack(config)
+    model = small_model(config)
     pixels, text = batch(config)
-    expected_losses, expected = gradients(stack, pixels, text)
+    expected_losses, expected = gradients(model, pixels, text)
     monkeypatch.setattr(moe_module, "_keeps_padding", lambda x: True)
     text = text.clone()  # a batch of its own: what is worked out once per batch is worked out again
-    announce_labels(text, int((text[:, 2] != IGNORE).sum()))
-    losses, actual = gradients(stack, pixels, text)
+    announce_labels(text, PackedBatch.of(text).targets)
+    losses, actual = gradients(model, pixels, text)
     torch.testing.assert_close(losses, expected_losses, atol=1e-5, rtol=1e-6)
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -85,7 +86,8 @@ def test_padding_comes_out_as_zero_and_leaves_no_gradient(top_k: int, padding: f
 
 def test_labelled_positions_are_the_same_whether_their_number_is_known_or_not() -> None:
     text = torch.randint(0, 9, (3, 3, 20), generator=torch.Generator().manual_seed(0))
-    text[:, 2][text[:, 2] < 5] = IGNORE
+    labels = PackedBatch.of(text).labels
+    labels[labels < 5] = IGNORE
     found = labelled_positions(text)
     known = text.clone()
     announce_labels(known, len(found))
@@ -97,17 +99,17 @@ def test_nothing_is_read_back_from_the_device_in_forward_and_backward(monkeypatc
     monkeypatch.setattr(experts_module, "_fused", lambda rows, weight: True)
     config = small_config(3, model__vision__sparse_every=1, model__decoder__sparse_every=1, model__decoder__expert_width=8)
     with torch.device("meta"):
-        stack = Stack(build_stack(config, IMAGE).specs, ExpertShard(), None).bfloat16()
+        model = VisionLanguageModel(build_model(config, IMAGE).specs, ExpertShard(), None).bfloat16()
     pixels, text = (tensor.to("meta") for tensor in batch(config))
     announce_labels(text, 12)
-    total, losses = stack(pixels, text)
+    total, losses = model(pixels, text)
     (total + losses.sum()).backward()
-    assert all(parameter.grad is not None for parameter in stack.parameters())
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_the_meta_device_notices_a_read() -> None:
     config = small_config(3, model__vision__sparse_every=1)
     with torch.device("meta"):
-        stack = Stack(build_stack(config, IMAGE).specs, ExpertShard(), None)
+        model = VisionLanguageModel(build_model(config, IMAGE).specs, ExpertShard(), None)
     with pytest.raises(RuntimeError):
-        stack(*(tensor.to("meta") for tensor in batch(config)))
+        model(*(tensor.to("meta") for tensor in batch(config)))

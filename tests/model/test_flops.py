@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megamoe.config import Config
-from megamoe.config.size import model_size
-from megamoe.data.sample.pack import IGNORED
-from megamoe.model.stack import build_stack
+from megamoe.core.packed_batch import PackedBatch, empty_text
+from megamoe.model.size import model_size
+from megamoe.model.vlm import build_model
 from tests.training import small_config
 
 IMAGE = 3
@@ -22,18 +22,18 @@ def test_flops_are_those_that_torch_counts(top_k: int) -> None:
     config = Config.model_validate(tree)
     vision, decoder, data = config.model.vision, config.model.decoder, config.data
     length, pictures = data.sequence_length, data.images_per_sequence
-    text = torch.zeros(1, 3, length, dtype=torch.int64)
-    text[0, 0], text[0, 2] = 7, IGNORED
+    text = empty_text(1, length, 7)
+    ids, segments, labels = PackedBatch.of(text[0])
     share = length // pictures
     for picture in range(pictures):
         begin = picture * share
-        text[0, 0, begin : begin + vision.patches] = IMAGE
-        text[0, 1, begin : begin + share] = picture + 1
-        text[0, 2, begin + vision.patches : begin + share] = 7  # as many scored positions as text
+        ids[begin : begin + vision.patches] = IMAGE
+        segments[begin : begin + share] = picture + 1
+        labels[begin + vision.patches : begin + share] = 7  # as many scored positions as text
     pixels = torch.zeros(1, pictures, vision.image_size, vision.image_size, 3, dtype=torch.uint8)
-    stack = build_stack(config, IMAGE)
+    model = build_model(config, IMAGE)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        stack(pixels, text)
+        model(pixels, torch.from_numpy(text))
     # on a CPU torch does not count the products within attention: two per pair of a query and a key
     queries = decoder.heads * decoder.head_dim
     scores = 4 * (length / pictures / 2) * queries * length * decoder.depth

@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 from megamoe.config import Config
+from megamoe.core.packed_batch import IGNORE, PackedBatch
 from megamoe.model.attention import packed_causal_mask, segment_positions
-from megamoe.model.batch import IGNORE
-from megamoe.model.stack import Stack
-from tests.model.small import IMAGE, logits, pack, random_samples, small_config, small_stack
+from megamoe.model.vlm import VisionLanguageModel
+from tests.model.small import IMAGE, logits, pack, random_samples, small_config, small_model
 
 SEEDS = range(8)
 KERNELS = ["sdpa", "flex"]
 
 
-def gradients(stack: Stack, pixels: Tensor, text: Tensor) -> dict[str, Tensor]:
+def gradients(model: VisionLanguageModel, pixels: Tensor, text: Tensor) -> dict[str, Tensor]:
     """Of the summed loss and both auxiliary losses; None counts as zero."""
-    stack.zero_grad()
-    total, losses = stack(pixels, text)
+    model.zero_grad()
+    total, losses = model(pixels, text)
     (total + losses.sum()).backward()
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in stack.named_parameters()}
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
 
 
 def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -38,16 +38,16 @@ def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]
 @pytest.mark.parametrize(("seed", "kernel"), [(seed, "sdpa") for seed in SEEDS] + [(seed, "flex") for seed in range(4)])
 def test_packed_samples_have_the_logits_they_have_alone(seed: int, kernel: str) -> None:
     config = small_config(seed, model__attention=kernel)
-    stack = small_stack(config)
+    model = small_model(config)
     patches = config.model.vision.patches
     samples = random_samples(config, 3, seed)
-    packed = logits(stack, *pack(samples, patches, 64, 4))
+    packed = logits(model, *pack(samples, patches, 64, 4))
     start = 0
     for sample in samples:
         pixels, text = pack([sample], patches, patches + len(sample.words), 1)
         stop = start + text.shape[2]
-        labelled = text[0, 2] != IGNORE
-        alone = logits(stack, pixels, text)
+        labelled = PackedBatch.of(text[0]).labels != IGNORE
+        alone = logits(model, pixels, text)
         torch.testing.assert_close(packed[:, start:stop][:, labelled], alone[:, labelled], atol=1e-5, rtol=0)
         start = stop
 
@@ -60,7 +60,7 @@ def test_block_mask_and_dense_mask_give_the_same_losses(seed: int) -> None:
     for kernel in KERNELS:
         config = small_config(seed, model__attention=kernel)
         # Tensors of its own for each kernel: masks are kept per tensor.
-        results.append(small_stack(config)(*_batch(config)))
+        results.append(small_model(config)(*_batch(config)))
     for dense, block in zip(*results, strict=True):
         torch.testing.assert_close(block, dense, atol=1e-5, rtol=1e-6)
 
@@ -68,45 +68,45 @@ def test_block_mask_and_dense_mask_give_the_same_losses(seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_content_of_padding_and_of_unused_picture_slots_changes_neither_loss_nor_gradients(seed: int) -> None:
     config = small_config(seed)
-    stack = small_stack(config)
+    model = small_model(config)
     pixels, text = _batch(config)
-    used = (text[:, 0] == IMAGE).sum(1) // config.model.vision.patches
-    assert (text[:, 1] == 0).any() and (used < pixels.shape[1]).any()
-    expected = gradients(stack, pixels, text)
-    losses = stack(pixels, text)
+    used = (PackedBatch.of(text).ids == IMAGE).sum(1) // config.model.vision.patches
+    assert (PackedBatch.of(text).segments == 0).any() and (used < pixels.shape[1]).any()
+    expected = gradients(model, pixels, text)
+    losses = model(pixels, text)
 
     generator = torch.Generator().manual_seed(seed)
     other_pixels, other_text = pixels.clone(), text.clone()
     for b in range(len(pixels)):
         unused = other_pixels[b, int(used[b]) :]
         unused.copy_(torch.randint(0, 256, unused.shape, dtype=torch.uint8, generator=generator))
-    padding = text[:, 1] == 0
-    other_text[:, 0][padding] = torch.randint(4, 40, (int(padding.sum()),), generator=generator)
-    for other, same in zip(stack(other_pixels, other_text), losses, strict=True):
+    padding = PackedBatch.of(text).segments == 0
+    PackedBatch.of(other_text).ids[padding] = torch.randint(4, 40, (int(padding.sum()),), generator=generator)
+    for other, same in zip(model(other_pixels, other_text), losses, strict=True):
         torch.testing.assert_close(other, same, atol=1e-5, rtol=1e-6)
-    assert_same_gradients(gradients(stack, other_pixels, other_text), expected)
+    assert_same_gradients(gradients(model, other_pixels, other_text), expected)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_amount_of_padding_and_of_picture_slots_changes_neither_loss_nor_gradients(seed: int) -> None:
     config = small_config(seed)
-    stack = small_stack(config)
+    model = small_model(config)
     samples = random_samples(config, 2, seed)
     tight = sum(config.model.vision.patches + len(sample.words) for sample in samples)
     small = pack(samples, config.model.vision.patches, tight, 2)
     large = pack(samples, config.model.vision.patches, tight + 23, 5)
-    for other, same in zip(stack(*large), stack(*small), strict=True):
+    for other, same in zip(model(*large), model(*small), strict=True):
         torch.testing.assert_close(other, same, atol=1e-5, rtol=1e-6)
-    assert_same_gradients(gradients(stack, *large), gradients(stack, *small))
+    assert_same_gradients(gradients(model, *large), gradients(model, *small))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_loss_of_a_micro_batch_is_the_sum_over_its_sequences_and_auxiliary_losses_are_their_mean(seed: int) -> None:
     config = small_config(seed)
-    stack = small_stack(config)
+    model = small_model(config)
     pixels, text = _batch(config)
-    total, losses = stack(pixels, text)
-    each = [stack(pixels[b : b + 1], text[b : b + 1]) for b in range(len(pixels))]
+    total, losses = model(pixels, text)
+    each = [model(pixels[b : b + 1], text[b : b + 1]) for b in range(len(pixels))]
     torch.testing.assert_close(total, torch.stack([part[0] for part in each]).sum(), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(losses, torch.stack([part[1] for part in each]).mean(0), atol=1e-5, rtol=1e-5)
 

@@ -13,16 +13,16 @@ from transformers import LlavaForConditionalGeneration
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from megamoe.config import Config
-from megamoe.model.batch import IGNORE
+from megamoe.core.packed_batch import IGNORE, PackedBatch
 from megamoe.model.moe import Router
-from megamoe.model.stack import Stack, named_parameters
+from megamoe.model.vlm import VisionLanguageModel, named_parameters
 from tests.model.hf_mapping import hf_config, hf_name, hf_state
-from tests.model.small import IMAGE, Pictured, logits, pack, random_samples, small_config, small_stack
+from tests.model.small import IMAGE, Pictured, logits, pack, random_samples, small_config, small_model
 
 SEEDS = range(10)
 
 
-def oracle(config: Config, stack: Stack, attention: str = "eager") -> LlavaForConditionalGeneration:
+def oracle(config: Config, stack: VisionLanguageModel, attention: str = "eager") -> LlavaForConditionalGeneration:
     model = LlavaForConditionalGeneration(hf_config(config.model, IMAGE, attention))
     model.load_state_dict(hf_state(stack), strict=True)
     return model.eval()
@@ -55,7 +55,7 @@ def oracle_config(seed: int, kernel: str = "sdpa") -> Config:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_logits_and_chosen_experts_are_those_of_transformers(seed: int) -> None:
     config = oracle_config(seed)
-    stack = small_stack(config)
+    stack = small_model(config)
     model = oracle(config, stack)
     # Rows of one length: five words each.
     samples = [Pictured(sample.pixels, (sample.words * 5)[:5]) for sample in random_samples(config, 3, seed)]
@@ -64,14 +64,14 @@ def test_logits_and_chosen_experts_are_those_of_transformers(seed: int) -> None:
     ours, theirs = record_choices(stack), record_choices(model)
 
     own_logits = logits(stack, pixels, text)
-    oracle_logits = model(input_ids=text[:, 0], pixel_values=oracle_pixels(samples)).logits
+    oracle_logits = model(input_ids=PackedBatch.of(text).ids, pixel_values=oracle_pixels(samples)).logits
 
     assert oracle_logits.std() > 1, "the check needs logits that the whole model takes part in"
     torch.testing.assert_close(own_logits, oracle_logits, atol=1e-4, rtol=0)
     sparse = sum(config.model.decoder.is_sparse(i) for i in range(config.model.decoder.depth))
     assert len(ours) == len(theirs) == sparse
     for own, other in zip(ours, theirs, strict=True):
-        assert own.shape == (text[:, 0].numel(), config.model.moe.top_k)
+        assert own.shape == (PackedBatch.of(text).ids.numel(), config.model.moe.top_k)
         assert torch.equal(own, other)
 
 
@@ -80,16 +80,16 @@ def test_logits_and_chosen_experts_are_those_of_transformers(seed: int) -> None:
 @pytest.mark.parametrize(("seed", "kernel"), [(seed, "sdpa") for seed in SEEDS] + [(2, "flex"), (5, "flex"), (9, "flex")])
 def test_packed_samples_have_the_logits_that_transformers_gives_each_alone(seed: int, kernel: str) -> None:
     config = oracle_config(seed, kernel)
-    stack = small_stack(config)
+    stack = small_model(config)
     model = oracle(config, stack, attention="sdpa")
     samples = random_samples(config, 3, seed)
     packed_logits = logits(stack, *pack(samples, config.model.vision.patches, 64, 4))
     start = 0
     for sample in samples:
         _, text = pack([sample], config.model.vision.patches, config.model.vision.patches + len(sample.words), 1)
-        alone = model(input_ids=text[:, 0], pixel_values=oracle_pixels([sample])).logits
+        alone = model(input_ids=PackedBatch.of(text).ids, pixel_values=oracle_pixels([sample])).logits
         stop = start + text.shape[2]
-        labelled = text[0, 2] != IGNORE
+        labelled = PackedBatch.of(text[0]).labels != IGNORE
         assert labelled.sum() == len(sample.words)
         torch.testing.assert_close(packed_logits[:, start:stop][:, labelled], alone[:, labelled], atol=1e-4, rtol=0)
         start = stop
@@ -98,15 +98,15 @@ def test_packed_samples_have_the_logits_that_transformers_gives_each_alone(seed:
 @pytest.mark.parametrize("seed", range(6))
 def test_gradients_of_the_caption_loss_are_those_of_transformers(seed: int) -> None:
     config = oracle_config(seed)
-    stack = small_stack(config)
+    stack = small_model(config)
     model = oracle(config, stack)
     samples = random_samples(config, 1, seed)
     patches = config.model.vision.patches
     pixels, text = pack(samples, patches, patches + len(samples[0].words), 1)
     total, _ = stack(pixels, text)
     total.backward()
-    scores = model(input_ids=text[:, 0], pixel_values=oracle_pixels(samples)).logits
-    nn.functional.cross_entropy(scores.flatten(0, 1), text[:, 2].flatten(), reduction="sum").backward()
+    scores = model(input_ids=PackedBatch.of(text).ids, pixel_values=oracle_pixels(samples)).logits
+    nn.functional.cross_entropy(scores.flatten(0, 1), PackedBatch.of(text).labels.flatten(), reduction="sum").backward()
     theirs = dict(model.named_parameters())
     for spec, layer in zip(stack.specs, stack.layers, strict=True):
         for name, parameter in named_parameters(spec.name, layer):
@@ -121,7 +121,7 @@ def test_gradients_of_the_caption_loss_are_those_of_transformers(seed: int) -> N
 def test_the_setting_of_the_vision_feature_layer_matters() -> None:
     """The finding in :mod:`tests.model.hf_mapping`: without it, the last norm of the encoder is left out."""
     config = oracle_config(0)
-    stack = small_stack(config)
+    stack = small_model(config)
     samples = random_samples(config, 1, 0)
     pixels, text = pack(samples, config.model.vision.patches, config.model.vision.patches + len(samples[0].words), 1)
     settings = hf_config(config.model, IMAGE)
@@ -129,5 +129,5 @@ def test_the_setting_of_the_vision_feature_layer_matters() -> None:
     model = LlavaForConditionalGeneration(settings).eval()
     model.load_state_dict(hf_state(stack), strict=True)
     with torch.no_grad():
-        other = model(input_ids=text[:, 0], pixel_values=oracle_pixels(samples)).logits
+        other = model(input_ids=PackedBatch.of(text).ids, pixel_values=oracle_pixels(samples)).logits
         assert (logits(stack, pixels, text) - other).abs().max() > 0.1

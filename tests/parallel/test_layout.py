@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -9,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megamoe.config import parse_config
-from megamoe.config.size import model_size
 from megamoe.core.errors import UserError
+from megamoe.model.size import model_size
 from megamoe.parallel.layout import Layout, plan_layout
 from megamoe.parallel.memory import predict_memory
-from tests.training import small_config
+from tests.training import ROOT, small_config
 
 
 def _plan(ranks: int, **sections: dict[str, Any]) -> Layout:
@@ -59,6 +61,19 @@ def test_stages_cover_all_layers_once_and_hold_experts_where_they_must(pipeline:
     for rank in range(layout.world_size):
         assert layout.stage(rank) * layout.data + layout.data_rank(rank) == rank
         assert layout.expert_rank(rank) < expert
+
+
+def test_a_launcher_checks_a_layout_without_importing_torch() -> None:
+    code = (
+        "import sys\n"
+        "from launcher.elastic.layouts import choose_layout\n"
+        "from megamoe.config import load_config\n"
+        "from megamoe.parallel.layout import plan_layout\n"
+        "config = load_config('configs/1b.yaml', ['parallel.pipeline=2', 'parallel.expert=2'])\n"
+        "assert plan_layout(config, 8).pipeline == choose_layout(config, 8).pipeline == 2\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_sharding_more_is_predicted_to_need_less_memory() -> None:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from megamoe.config import Config, load_config
-from megamoe.config.size import model_size
 from megamoe.model import decoder as decoder_module
 from megamoe.model import experts as experts_module
 from megamoe.model import moe as moe_module
 from megamoe.model import vision as vision_module
 from megamoe.model.batch import announce_labels
 from megamoe.model.parameter import ExpertShard
-from megamoe.model.stack import Stack, layer_specs
+from megamoe.model.size import model_size
+from megamoe.model.vlm import VisionLanguageModel, layer_specs
 from megamoe.parallel.layout import plan_layout
 from megamoe.parallel.memory import _saved, predict_memory
 from tests.training import ROOT
@@ -54,13 +54,13 @@ def saved_by_layer(config: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str,
     data, vision = config.data, config.model.vision
     each = data.sequence_length // data.images_per_sequence
     with torch.device("meta"):
-        stack = Stack(layer_specs(config.model, IMAGE), ExpertShard(), None).to(
+        model = VisionLanguageModel(layer_specs(config.model, IMAGE), ExpertShard(), None).to(
             torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         )
         pixels = torch.empty(ROWS, data.images_per_sequence, vision.image_size, vision.image_size, 3, dtype=torch.uint8)
         text = torch.empty(ROWS, 3, data.sequence_length, dtype=torch.int64)
     announce_labels(text, ROWS * data.images_per_sequence * (each - vision.patches))
-    seen = {parameter.untyped_storage()._cdata for parameter in stack.parameters()}
+    seen = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept, sizes, name = [], defaultdict(int), ""
 
     def pack(tensor: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def saved_by_layer(config: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str,
 
     state: tuple[Tensor, ...] = (pixels, text)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        for spec, layer in zip(stack.specs, stack.layers, strict=True):
+        for spec, layer in zip(model.specs, model.layers, strict=True):
             name = spec.name
             state = layer(state)
     return sizes

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from megamoe.config import Config
-from megamoe.config.size import model_size
 from megamoe.data.loader.step_loader import StepLoader
 from megamoe.data.sample.tokenizer import Tokenizer
 from megamoe.data.shards.from_config import open_data_set
-from megamoe.model.stack import CaptionLoss, build_stack
+from megamoe.model.loss import CaptionLoss
+from megamoe.model.size import model_size
+from megamoe.model.vlm import build_model
 from megamoe.train.schedule import learning_rate
 
 
@@ -42,7 +43,7 @@ def reference_run(config: Config) -> Reference:
         dp_rank=0,
         dp_size=1,
     )
-    model = build_stack(config, tokenizer.image_id)
+    model = build_model(config, tokenizer.image_id)
     optimizer = _optimizer(config, model)
     loss = CaptionLoss(config.model.moe, model_size(config).sparse_blocks)
     sequences = config.train.global_batch

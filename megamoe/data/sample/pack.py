@@ -1,19 +1,34 @@
-"""Samples laid one after the other into a sequence of constant length.
+"""Pack samples one after the other into a sequence of constant length.
 
 A sample is ``[image_id] * P + caption + [eos]``. Segment ids tell attention which tokens belong together, and labels
-are already shifted, so that the model needs to know nothing of packing beyond comparing segment ids.
+are already shifted, so the model only has to compare segment ids. :mod:`megamoe.core.packed_batch` has the layout.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from megamoe.data.sample.tokenizer import Tokenizer
+from megamoe.core.packed_batch import clear_text, write_sample
 
-IGNORED = -100  # label of a position that has nothing to predict; what torch's cross entropy ignores
+
+class SpecialIds(Protocol):
+    """The ids that packing needs; a :class:`megamoe.data.sample.tokenizer.Tokenizer` has them."""
+
+    @property
+    def image_id(self) -> int:
+        """Id of a picture token."""
+
+    @property
+    def pad_id(self) -> int:
+        """Id of padding."""
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the end of sequence."""
 
 
 @dataclass(frozen=True)
@@ -27,27 +42,29 @@ class PackShape:
 
 
 class SequenceBuilder:
-    """Fills one sequence.
+    """Fill one sequence, sample by sample.
 
-    ``text`` is int64 (3, L): token ids (padded with ``pad_id``), segment ids (1, 2, ... per sample; 0 for padding) and
-    labels (the next token where that is a caption token or the end of the same sample, else ``IGNORED``).
-    ``pixels`` is uint8 (I, H, W, 3), slot i belonging to segment i + 1; unused slots are zero. Both may be given, to be
-    filled where they lie; default new ones.
+    Args:
+        shape: Sizes of the sequence.
+        vocabulary: The special ids.
+        pixels: uint8 (I, H, W, 3) to fill in place; default a new array. Slot i belongs to segment i + 1, and unused
+            slots are zero.
+        text: int64 (3, L) to fill in place; default a new array. Captions and ends of sequence have labels.
     """
 
     def __init__(
         self,
         shape: PackShape,
-        tokenizer: Tokenizer,
+        vocabulary: SpecialIds,
         pixels: npt.NDArray[np.uint8] | None = None,
         text: npt.NDArray[np.int64] | None = None,
     ) -> None:
         self._shape = shape
-        self._image_id, self._eos_id = tokenizer.image_id, tokenizer.eos_id
+        self._image_id, self._eos_id = vocabulary.image_id, vocabulary.eos_id
         side = shape.image_size
         self.pixels = np.empty((shape.images, side, side, 3), dtype=np.uint8) if pixels is None else pixels
         self.text = np.empty((3, shape.length), dtype=np.int64) if text is None else text
-        self.text[0], self.text[1], self.text[2] = tokenizer.pad_id, 0, IGNORED
+        clear_text(self.text, vocabulary.pad_id)
         self.samples = 0
         self.truncated = 0
         self.targets = 0
@@ -55,40 +72,36 @@ class SequenceBuilder:
 
     @property
     def next_picture(self) -> npt.NDArray[np.uint8]:
-        """Where the next sample's picture belongs: uint8 (H, W, 3). To be written before :meth:`add`."""
+        """Slot of the next sample's picture, uint8 (H, W, 3). Write the picture into it before calling :meth:`add`."""
         return self.pixels[self.samples]
 
     @property
     def full(self) -> bool:
-        """Whether no sample can fit, whatever its caption."""
+        """Whether no sample fits, however short its caption."""
         return self.samples == self._shape.images or self._room <= self._shape.image_tokens + 1
 
     def fits(self, caption: list[int]) -> bool:
-        """Whether a sample with these caption ids has room. In an empty sequence each has, for it is cut to length."""
+        """Whether a sample with these caption ids fits. Any caption fits an empty sequence, because it is cut to length."""
         return not self.full and (self.samples == 0 or self._shape.image_tokens + len(caption) + 1 <= self._room)
 
     def add(self, caption: list[int]) -> None:
-        """Append a sample that fits, its picture already in place.
+        """Append a sample that fits and whose picture is in place.
 
-        A caption longer than ``L - P - 1`` is cut and counted; its end token stays.
+        A caption longer than ``L - P - 1`` is cut and counted as truncated; it keeps its end token.
         """
         assert self.fits(caption)
         most = self._shape.length - self._shape.image_tokens - 1
         if len(caption) > most:
             caption = caption[:most]
             self.truncated += 1
-        start, text = self._used, self._used + self._shape.image_tokens
-        end = text + len(caption) + 1
-        self.text[0, start:text] = self._image_id
-        self.text[0, text:end] = [*caption, self._eos_id]
-        self.text[1, start:end] = self.samples + 1
-        self.text[2, text - 1 : end - 1] = self.text[0, text:end]  # the last picture token predicts the first word
         self.samples += 1
-        self.targets += end - text
-        self._used = end
+        self.targets += len(caption) + 1
+        self._used = write_sample(
+            self.text, self._used, self.samples, self._image_id, self._shape.image_tokens, [*caption, self._eos_id]
+        )
 
     def finish(self) -> None:
-        """Clear the picture slots that no sample took."""
+        """Set the unused picture slots to zero."""
         self.pixels[self.samples :] = 0
 
     @property

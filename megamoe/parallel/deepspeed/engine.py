@@ -24,14 +24,15 @@ from deepspeed.runtime.pipe import schedule
 from torch import Tensor, nn
 
 from megamoe.config import Config, OptimConfig
-from megamoe.config.size import model_size
-from megamoe.model.batch import IGNORE, announce_labels
+from megamoe.core.packed_batch import PackedBatch
+from megamoe.model.batch import announce_labels
+from megamoe.model.loss import CaptionLoss
 from megamoe.model.parameter import ExpertShard, info_of
-from megamoe.model.stack import (
-    CaptionLoss,
+from megamoe.model.pipeline_layer import BlockLayer
+from megamoe.model.size import model_size
+from megamoe.model.vlm import (
     LayerSpec,
-    SparseLayer,
-    Stack,
+    VisionLanguageModel,
     build_layer,
     layer_specs,
     named_parameters,
@@ -90,7 +91,7 @@ class TrainEngine:
                 start, stop = layout.bounds[layout.stage(self.rank)], layout.bounds[layout.stage(self.rank) + 1]
                 layers = list(module.forward_funcs)
             else:
-                module = Stack(specs, shard, config.run.seed)
+                module = VisionLanguageModel(specs, shard, config.run.seed)
                 start, stop = 0, len(specs)
                 layers = list(module.layers)
             self._layers = dict(zip((spec.name for spec in specs[start:stop]), layers, strict=True))
@@ -179,7 +180,7 @@ class TrainEngine:
     def _on_device(self, micro_batch: MicroBatch) -> MicroBatch:
         """Copy a micro-batch to the device. Neither the host nor the device waits: the copy starts from pinned memory."""
         pixels, text = micro_batch
-        labels = int((text[:, 2] != IGNORE).sum())
+        labels = PackedBatch.of(text).targets
         if self.device.type == "cuda":
             pixels, text = (part.pin_memory().to(self.device, non_blocking=True) for part in micro_batch)
         announce_labels(text, labels)
@@ -194,9 +195,9 @@ class TrainEngine:
         loads: list[Tensor] = []
         for name in sparse:
             layer = self._layers.get(name)
-            load_E = layer.load_E if isinstance(layer, SparseLayer) else None
+            load_E = layer.load_E if isinstance(layer, BlockLayer) else None
             loads.append(zeros(self._experts) if load_E is None else load_E.double())
-            if isinstance(layer, SparseLayer):
+            if isinstance(layer, BlockLayer):
                 layer.load_E = None
         norm = self.deepspeed.optimizer._global_grad_norm
         # One rank says what the norm is: decisions are taken from it, and the others may differ in the last bit.

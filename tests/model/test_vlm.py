@@ -1,4 +1,4 @@
-"""The stack as a whole: sizes known ahead, initial weights that know no layout, names, number formats."""
+"""The model as a whole: sizes known ahead, initial weights that know no layout, names, number formats."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from megamoe.config import Config
-from megamoe.config.size import model_size
+from megamoe.model.decoder import DecoderLayer
+from megamoe.model.loss import CaptionLoss
 from megamoe.model.parameter import ExpertShard, info_of
-from megamoe.model.stack import (
-    CaptionLoss,
-    DecoderLayer,
-    SparseLayer,
-    VisionLayer,
+from megamoe.model.pipeline_layer import BlockLayer
+from megamoe.model.size import model_size
+from megamoe.model.vision import VisionLayer
+from megamoe.model.vlm import (
     build_layer,
-    build_stack,
+    build_model,
     layer_specs,
     named_parameters,
 )
-from tests.model.small import IMAGE, pack, random_samples, small_config, small_stack
+from tests.model.small import IMAGE, logits, pack, random_samples, small_config, small_model
 
 
 def parameters_of(config: Config, shard: ExpertShard, seed: int) -> dict[str, nn.Parameter]:
@@ -48,7 +48,7 @@ def test_size_computed_from_settings_is_that_of_the_built_layers(seed: int) -> N
         # A token visits top_k of the experts.
         unused = expert // config.model.moe.experts * (config.model.moe.experts - config.model.moe.top_k)
         assert computed.active == computed.parameters - unused, spec.name
-    assert size.parameters == sum(parameter.numel() for parameter in build_stack(config, IMAGE).parameters())
+    assert size.parameters == sum(parameter.numel() for parameter in build_model(config, IMAGE).parameters())
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -109,24 +109,24 @@ def test_names_of_layers_and_parameters_are_unique(seed: int) -> None:
     config = small_config(seed)
     layers = [spec.name for spec in layer_specs(config.model, IMAGE)]
     assert len(set(layers)) == len(layers)
-    stack = build_stack(config, IMAGE)
+    model = build_model(config, IMAGE)
     names = [
         name
-        for spec, layer in zip(stack.specs, stack.layers, strict=True)
+        for spec, layer in zip(model.specs, model.layers, strict=True)
         for name, _ in named_parameters(spec.name, layer)
     ]
-    assert len(set(names)) == len(names) == len(list(stack.parameters()))
+    assert len(set(names)) == len(names) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_bf16_loss_is_close_to_that_of_fp32(seed: int) -> None:
     # As at the start of a training run: with the large weights of the other tests bf16 turns many a choice of experts.
     config = small_config(seed, model__init_std=0.05)
-    stack = build_stack(config, IMAGE).eval()
+    model = build_model(config, IMAGE).eval()
     pixels, text = pack(random_samples(config, 3, seed), config.model.vision.patches, 64, 4)
     with torch.no_grad():
-        total, losses = stack(pixels, text)
-        low_total, low_losses = stack.bfloat16()(pixels, text)
+        total, losses = model(pixels, text)
+        low_total, low_losses = model.bfloat16()(pixels, text)
     assert low_total.dtype == low_losses.dtype == torch.float32, "losses are summed in fp32"
     torch.testing.assert_close(low_total, total, rtol=0.01, atol=0)
     torch.testing.assert_close(low_losses, losses, rtol=0.02, atol=0.01)
@@ -135,17 +135,17 @@ def test_bf16_loss_is_close_to_that_of_fp32(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_load_counts_each_choice_of_each_real_token_in_training_and_none_in_evaluation(seed: int) -> None:
     config = small_config(seed, model__vision__sparse_every=1)
-    stack = small_stack(config)
+    model = small_model(config)
     patches, top_k = config.model.vision.patches, config.model.moe.top_k
     samples = random_samples(config, 3, seed)
     batch = pack(samples, patches, 64, 4)
-    stack(*batch)
-    assert all(layer.load_E is None for layer in stack.layers if isinstance(layer, SparseLayer))
-    stack.train()
-    stack(*batch)
-    stack(*batch)
+    model(*batch)
+    assert all(layer.load_E is None for layer in model.layers if isinstance(layer, BlockLayer))
+    model.train()
+    model(*batch)
+    model(*batch)
     tokens = {VisionLayer: 3 * patches, DecoderLayer: sum(patches + len(sample.words) for sample in samples)}
-    for spec, layer in zip(stack.specs, stack.layers, strict=True):
+    for spec, layer in zip(model.specs, model.layers, strict=True):
         if spec.sparse:
             assert layer.load_E.sum() == 2 * top_k * tokens[type(layer)], spec.name
 
@@ -160,3 +160,27 @@ def test_loss_of_a_step_is_the_mean_over_its_micro_batches() -> None:
     sums = loss.take()
     assert sums is not None and (sums / 2).tolist() == pytest.approx([mean.item(), 5.0, 1.5, 3.0])
     assert loss.take() is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(4))
+def test_prefill_and_decode_step_score_what_the_whole_sequence_scores(seed: int) -> None:
+    config = small_config(seed)
+    model, patches = small_model(config), config.model.vision.patches
+    samples = random_samples(config, 1, seed)
+    pixels, text = pack(samples, patches, patches + len(samples[0].words), 1)
+    expected_LV = logits(model, pixels, text)[0]
+    prompt = text[:, :, : patches + 1]
+    scores_BV, state = model.prefill(pixels[:, 0], prompt, new_tokens=8)
+    torch.testing.assert_close(scores_BV[0], expected_LV[patches], atol=1e-4, rtol=1e-5)
+    for position in range(patches + 1, text.shape[2]):
+        scores_BV = model.decode_step(text[:, 0, position], torch.tensor([True]), state)
+        torch.testing.assert_close(scores_BV[0], expected_LV[position], atol=1e-4, rtol=1e-5)
+
+
+def test_parts_of_the_model_are_found_by_what_they_are() -> None:
+    config = small_config(2)
+    model = build_model(config, IMAGE)
+    assert model.patch_embedding is model.layers[0] and model.head is model.layers[-1]
+    assert model.projector is model.layers[config.model.vision.depth + 1]
+    assert model.decoder_layers == list(model.layers[-1 - config.model.decoder.depth : -1])
