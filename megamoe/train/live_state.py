@@ -50,7 +50,8 @@ class LiveState:
         """Continue from a checkpoint, whose tensors the engine has loaded.
 
         Raises:
-            CheckpointError: the position or the guard's state is malformed.
+            DataError: the position is malformed.
+            CheckpointError: the guard's state is malformed.
         """
         position = DataState.from_json(saved.position, "checkpoint")
         self.counters = replace(saved.counters, drawn=sum(position.cursors.values()))
