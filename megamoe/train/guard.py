@@ -190,7 +190,7 @@ class Guard:
 
     def _reason(self, fault: Fault | None, result: StepResult) -> str:
         if fault is Fault.PASSED_OVER:
-            return "gone past after a rollback"
+            return "passed over after a rollback"
         if fault is Fault.NOT_FINITE:
             return f"loss {result.loss}, gradient norm {result.grad_norm}"
         return self._detector.reason(result.loss, result.grad_norm) or ""

@@ -44,6 +44,6 @@ def go_back(
     resume.abandon_after(state.step)
     steps = range(max(state.step + 1, first - limits.spike_margin), last + 1)
     if dist.get_rank() == 0:
-        line = f"{found}: goes back to step {state.step}, and past steps {steps[0]} to {last}"
+        line = f"{found}: goes back to step {state.step} and passes over steps {steps[0]} to {last}"
         print(f"megamoe: {line}", file=sys.stderr, flush=True)
     return state, steps
