@@ -11,6 +11,7 @@ from benchmarks.gpu.model_1b import MICRO_BATCHES, build, config_1b
 from megamoe.checkpoint.checkpointer import Checkpointer
 from megamoe.checkpoint.folders import checkpoint_name
 from megamoe.checkpoint.train_state import TrainState
+from megamoe.metrics.counters import Counters
 
 ROOM = 30e9  # two checkpoints
 
@@ -40,7 +41,7 @@ def measure(context: Context) -> None:
 
             def state() -> TrainState:
                 return TrainState(
-                    step=done, tokens=0, samples=0, lost=0, recomputed=0, skipped=0, skipped_in_a_row=0, position={},
+                    counters=Counters(step=done), position={},
                     config=config.model_dump(mode="json"), tokenizer="", data="",
                 )  # fmt: skip
 

@@ -29,6 +29,7 @@ from megamoe.checkpoint.folders import checkpoint_name
 from megamoe.checkpoint.train_state import TrainState
 from megamoe.config import Config, load_config
 from megamoe.core.packed_batch import empty_text, write_sample
+from megamoe.metrics.counters import Counters
 from megamoe.parallel.deepspeed.engine import MicroBatch, TrainEngine
 from megamoe.parallel.deepspeed.main_parameters import owned_pieces
 from megamoe.parallel.deepspeed.process_group import joined_world
@@ -188,7 +189,7 @@ class Bench:
 
     def _state(self) -> TrainState:
         return TrainState(
-            step=self.step_number, tokens=0, samples=0, lost=0, recomputed=0, skipped=0, skipped_in_a_row=0, position={},
+            counters=Counters(step=self.step_number), position={},
             config=self.config.model_dump(mode="json"), tokenizer="", data="",
         )  # fmt: skip
 

@@ -153,7 +153,7 @@ class Checkpointer:
         if self._mirror is not None:
             self._mirror.wait()  # what is loaded may be the beginning of another history
         state = from_rank_0(lambda: TrainState.from_json(read_manifest(folder).state, str(folder)))
-        create_moments(self.engine, self.moments, state.updates)
+        create_moments(self.engine, self.moments, state.counters.updates)
         rng = self._rng_slot()
         # A layout with more ranks than the one that wrote has no generator state for the new ranks.
         read_pieces(folder, PieceLoadPlanner(self._slots(), optional=[rng]), distributed=True)

@@ -1,82 +1,98 @@
-"""What a checkpoint says besides tensors: progress, position in the data, config, and what it must fit to."""
+"""What a checkpoint says besides tensors: counters, position in the data, config, and what a run must share to resume."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from megamoe import __version__
 from megamoe.config import Config, parse_config
 from megamoe.core.errors import CheckpointError
+from megamoe.metrics.counters import Counters
+
+_OPTIONAL = {"versions", "spike_watch"}  # checkpoints of the first versions lack them
+_REQUIRED = {"position", "config", "tokenizer", "data"}
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """State of a run after ``step`` steps.
+    """State of a run after a step.
 
     Attributes:
-        step: Steps done, those that were skipped included.
-        tokens: Tokens of packed sequences trained on, padding left out.
-        samples: Image-text pairs trained on.
-        lost: Samples that could not be used so far.
-        recomputed: Steps that were not finite at first.
-        skipped: Steps that were not finite twice, and changed nothing.
-        skipped_in_a_row: Those of them that were the last steps.
+        counters: What has been counted up to this step.
         position: Where the run is in its data: :meth:`megamoe.data.order.position.DataState.to_json`.
         config: The resolved config, as a tree.
         tokenizer: Fingerprint of the tokenizer.
         data: Fingerprint of the training shards.
         versions: Versions of the packages that wrote the checkpoint.
-        lost_shard: Those of ``lost`` whose shard is in quarantine.
-        spikes: Steps that changed nothing since their loss was a spike, or since the run went past them.
-        spike_watch: What steps are judged by: :meth:`megamoe.train.spikes.SpikeWatch.to_json`.
+        guard: What later steps are judged by: :meth:`megamoe.train.guard.Guard.to_json`.
     """
 
-    step: int
-    tokens: int
-    samples: int
-    lost: int
-    recomputed: int
-    skipped: int
-    skipped_in_a_row: int
+    counters: Counters
     position: dict[str, Any]
     config: dict[str, Any]
     tokenizer: str
     data: str
     versions: dict[str, str] = field(default_factory=dict)
-    lost_shard: int = 0
-    spikes: int = 0
-    spike_watch: dict[str, Any] = field(default_factory=dict)
+    guard: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def updates(self) -> int:
-        """Optimizer updates made: the steps that were not skipped."""
-        return self.step - self.skipped - self.spikes
+    def step(self) -> int:
+        """Steps done, including the skipped ones."""
+        return self.counters.step
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest."""
-        return asdict(self)
+        """Return the tree for the manifest. The counters stand beside the other keys, as in all versions before."""
+        return {
+            **self.counters.to_json(),
+            "position": self.position,
+            "config": self.config,
+            "tokenizer": self.tokenizer,
+            "data": self.data,
+            "versions": self.versions,
+            "spike_watch": self.guard,
+        }
 
     @classmethod
     def from_json(cls, tree: object, source: str) -> TrainState:
-        """From a manifest.
+        """Restore the state from the tree of a manifest.
 
         Raises:
-            CheckpointError: a field is missing or unknown.
+            CheckpointError: a field is missing, unknown or malformed.
         """
         try:
-            return cls(**tree)  # type: ignore[arg-type]
+            return cls._parse(tree)
         except TypeError as error:
             raise CheckpointError(f"checkpoint {source}: its state is malformed ({error})") from None
 
+    @classmethod
+    def _parse(cls, tree: object) -> TrainState:
+        if not isinstance(tree, Mapping):
+            raise TypeError("not an object")
+        counters = Counters.from_json(tree)
+        rest = {key: value for key, value in tree.items() if key not in counters.to_json()}
+        if missing := _REQUIRED - rest.keys():
+            raise TypeError(f"missing {', '.join(sorted(missing))}")
+        if unknown := rest.keys() - _REQUIRED - _OPTIONAL:
+            raise TypeError(f"unknown {', '.join(sorted(unknown))}")
+        return cls(counters, guard=rest.pop("spike_watch", {}), **rest)
+
     def parsed_config(self, source: str) -> Config:
-        """The config that the checkpoint was written under."""
+        """Parse the config that the checkpoint was written under."""
         return parse_config(self.config, source=f"of checkpoint {source}")
 
 
-def check_fits(state: TrainState, config: Config, tokenizer: str, data: str, source: str) -> None:
-    """Whether a run may go on from ``state``.
+def package_versions() -> dict[str, str]:
+    """Return the versions that a checkpoint names as its writers."""
+    return {"megamoe": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}}
 
-    Layout, workers, number of steps and what is written may change; what the sequence of losses depends on may not.
+
+def check_fits(state: TrainState, config: Config, tokenizer: str, data: str, source: str) -> None:
+    """Check that a run may resume from ``state``.
+
+    Layout, workers, number of steps and records may change. Whatever the sequence of losses depends on may not.
 
     Raises:
         CheckpointError: it is of another model, tokenizer or data; names the first field that differs.
@@ -106,7 +122,7 @@ def check_fits(state: TrainState, config: Config, tokenizer: str, data: str, sou
     if state.data != data:
         raise CheckpointError(
             f"checkpoint {source}: the shards of data.train have changed since ({state.data} -> {data}); "
-            f"the order of samples would not go on; start a new run"
+            f"the order of samples would not continue; start a new run"
         )
 
 

@@ -22,7 +22,7 @@ from typing import NoReturn
 from launcher.workers.ending import latest_attempt
 from megamoe.config import load_config
 from megamoe.core.errors import UserError
-from megamoe.metrics.metrics_file import METRICS_FILE, read_metrics
+from megamoe.metrics.metrics_file import METRICS_FILE, last_step, read_metrics
 
 CONFIG = Path("configs/demo.yaml")
 DATA = Path("data/demo")
@@ -124,8 +124,7 @@ def _random_worker(run: Path) -> tuple[int, int]:
 
 
 def _last_step(run: Path) -> int:
-    records = read_metrics(run) if (run / METRICS_FILE).exists() else []
-    return int(records[-1]["step"]) if records else 0
+    return last_step(run / METRICS_FILE) if (run / METRICS_FILE).exists() else 0
 
 
 def _summary(run: Path, steps: int, killed: str, seconds: float) -> int:

@@ -1,4 +1,4 @@
-"""RUN/audit: which sample filled which slot of which step, so that "exactly once" can be checked by counting."""
+"""Record in RUN/audit which sample filled which slot of which step, so that "exactly once" can be checked by counting."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from megamoe.metrics import jsonl
 
 
 class AuditWriter:
-    """Appends to RUN/audit/rank-00000.jsonl the samples that this rank trained on.
+    """Append the samples that this rank trained on to RUN/audit/rank-00000.jsonl.
+
+    On a resume, one rank must call :func:`truncate_audit` before any rank opens its writer.
 
     Args:
-        run_dir: folder of the run.
-        rank: global rank of the writer.
-        enabled: the setting ``data.audit``; without it nothing is written, not even the folder.
-
-    On a resume, one rank calls :func:`truncate_audit` before any rank opens its writer.
+        run_dir: Folder of the run.
+        rank: Global rank of the writer.
+        enabled: The setting ``data.audit``. If false, nothing is written, not even the folder.
     """
 
     def __init__(self, run_dir: Path, rank: int, enabled: bool) -> None:
@@ -28,21 +28,21 @@ class AuditWriter:
             self._file = (folder / f"rank-{rank:05d}.jsonl").open("ab")
 
     def write(self, step: int, samples: Sequence[tuple[int, str]]) -> None:
-        """Record the ``(slot, "<shard>#<key>")`` pairs of one step, all in one write."""
+        """Append the ``(slot, "<shard>#<key>")`` pairs of one step in a single write."""
         if self._file is not None:
             lines = (jsonl.to_line({"step": step, "slot": slot, "id": name}) for slot, name in samples)
             jsonl.append(self._file, b"".join(lines))
 
     def close(self) -> None:
-        """Close the file; nothing is lost without it."""
+        """Close the file. Every line is already on its way to the disk."""
         if self._file is not None:
             self._file.close()
 
 
 def truncate_audit(run_dir: Path, step: int) -> None:
-    """Drop what all ranks recorded after ``step``, which the resumed run trains on again.
+    """Drop what any rank recorded after ``step``: the resumed run trains on these samples again.
 
-    It covers the files of every rank that ever wrote, since the resumed run may have fewer ranks than before.
+    The files of all ranks that ever wrote are cut, since the resumed run may have fewer ranks than before.
 
     Raises:
         UserError: a complete line of a file is damaged.

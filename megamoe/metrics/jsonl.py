@@ -1,4 +1,4 @@
-"""Files of one JSON object per line that survive kill -9 and can be cut back to a step."""
+"""Write files of one JSON object per line that survive kill -9 and can be cut back to a step."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from megamoe.core.errors import UserError
 
 
 def to_line(record: Mapping[str, object]) -> bytes:
-    """``record`` as one line of strict JSON.
+    """Encode ``record`` as one line of strict JSON.
 
     Tensors and arrays become numbers and lists. NaN and infinities become ``null``: JSON has no word for them, and a
-    column of numbers and nulls stays a column of numbers in every reader. A file name that is not UTF-8 comes back as
-    Python has it, by JSON's own escapes.
+    column of numbers and nulls stays a column of numbers in every reader. A file name that is not UTF-8 is written with
+    JSON's own escapes, so that Python reads the same name back.
     """
     text = json.dumps(_plain(record), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     return text.encode(errors="backslashreplace") + b"\n"
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Complete lines of ``path`` and the objects in them. A last line without its end is what a killed writer left.
+    """Yield the complete lines of ``path`` and the objects in them. Ignore an unfinished last line: its writer was killed.
 
     Raises:
         UserError: a complete line is no JSON object with an integer ``step``.
@@ -44,9 +44,9 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def truncate(path: Path, step: int) -> int | None:
-    """Keep the complete lines with ``step <= step``, atomically; return the last step kept.
+    """Keep the complete lines up to ``step`` and return the last step kept.
 
-    A crash leaves either the old file or the new one. A file that does not exist stays so.
+    The file is replaced atomically: a crash leaves either the old or the new one. A missing file stays missing.
     """
     if not path.exists():
         return None
@@ -64,7 +64,7 @@ def truncate(path: Path, step: int) -> int | None:
 
 
 def append(file: BinaryIO, lines: bytes) -> None:
-    """Write whole lines and hand them to the system, so that they outlive this process."""
+    """Write whole lines and flush them to the operating system, so that they outlive this process."""
     file.write(lines)
     file.flush()
 

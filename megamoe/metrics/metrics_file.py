@@ -1,37 +1,31 @@
-"""RUN/metrics.jsonl: the record of each optimizer step, each step once however often the run was resumed.
-
-Keys: ``step loss lm_loss aux_loss z_loss grad_norm lr tokens samples step_seconds data_seconds tokens_per_second
-model_flops_per_second world_size lost truncated recomputed skipped spikes rolled_back``, ``bad_shards`` (shards in
-quarantine) and ``load``, which maps a sparse layer's name to the fraction of its routed tokens that each expert got (a
-list of E floats).
-``sources`` has for each source of the data what this step took from it (``samples bytes decode_seconds lost_image
-lost_caption lost_incomplete lost_shard``), ``reading`` what bringing it took on all ranks (``downloads cache_hits retries
-received seconds``; bytes and seconds of the workers).
-"""
+"""RUN/metrics.jsonl: the record of each optimizer step, each step once however often the run was resumed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from megamoe.core.errors import UserError
 from megamoe.metrics import jsonl
+from megamoe.metrics.step_record import StepRecord, parse_record
 
 METRICS_FILE = "metrics.jsonl"
 
+_TAIL = 1 << 20  # bytes; the last record is in them
+
 
 class MetricsWriter:
-    """Appends records to RUN/metrics.jsonl. One process of a run holds one.
+    """Append records to RUN/metrics.jsonl. One process of a run holds the writer.
 
     Args:
-        run_dir: folder of the run; made when it is not there.
-        resume_step: last step whose effect is in the weights; later lines are dropped, since these steps come again.
+        run_dir: Folder of the run; created if missing.
+        resume_step: Last step whose effect is in the weights. Later lines are dropped, since these steps come again.
             None for a new run.
 
     Raises:
-        UserError: a new run in a folder that has metrics already.
+        UserError: a new run is to start in a folder that already has metrics.
     """
 
     def __init__(self, run_dir: Path, resume_step: int | None) -> None:
@@ -44,8 +38,8 @@ class MetricsWriter:
             self._last = jsonl.truncate(path, resume_step)
         self._file: BinaryIO = path.open("ab")
 
-    def write(self, record: Mapping[str, object]) -> None:
-        """Append ``record``; its ``step`` is larger than the last one's. NaN and infinities become ``null``."""
+    def write(self, record: StepRecord) -> None:
+        """Append ``record``, whose step must be later than the last one. NaN and infinities become ``null``."""
         step = record["step"]
         assert isinstance(step, int), f"step {step!r} is no int"
         assert self._last is None or step > self._last, f"step {step} after step {self._last}"
@@ -53,7 +47,7 @@ class MetricsWriter:
         self._last = step
 
     def close(self) -> None:
-        """Close the file; nothing is lost without it."""
+        """Close the file. Every record is already on its way to the disk."""
         self._file.close()
 
     def __enter__(self) -> MetricsWriter:
@@ -72,13 +66,13 @@ def refuse_existing(run_dir: Path) -> None:
     path = run_dir / METRICS_FILE
     if path.exists() and path.stat().st_size > 0:
         raise UserError(
-            f"run.dir {run_dir}: holds a run already ({METRICS_FILE} is not empty); "
-            "go on with it by --resume auto, or choose another run.name"
+            f"run.dir {run_dir}: already holds a run ({METRICS_FILE} is not empty); "
+            "resume it with --resume auto, or choose another run.name"
         )
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All complete records of a run in order; also of one that is being written. ``null`` reads as None.
+def read_metrics(run_dir: Path) -> list[StepRecord]:
+    """Read all complete records of a run in order, even while it is being written. ``null`` reads as None.
 
     Raises:
         UserError: the folder has no metrics.jsonl, or a line of it is damaged.
@@ -86,4 +80,26 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / METRICS_FILE
     if not path.exists():
         raise UserError(f"{run_dir}: no {METRICS_FILE} there; name the folder of a run that has trained")
-    return [record for _, record in jsonl.read_lines(path)]
+    records = []
+    for number, (_, tree) in enumerate(jsonl.read_lines(path), start=1):
+        try:
+            records.append(parse_record(tree))
+        except TypeError as error:
+            raise UserError(f"{path}: line {number}: {error}; remove that line") from None
+    return records
+
+
+def last_step(path: Path) -> int:
+    """Return the step of the last complete record of a metrics.jsonl, read from its end; 0 if there is none.
+
+    The file may be in the middle of a write, so lines that are no records are passed over.
+    """
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        lines = file.read().split(b"\n")[:-1]
+    for line in reversed(lines):
+        try:
+            return parse_record(json.loads(line))["step"]
+        except (ValueError, TypeError, RecursionError):
+            continue
+    return 0

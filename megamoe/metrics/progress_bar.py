@@ -1,26 +1,27 @@
-"""The line that tells a waiting person where the run is: a bar on a terminal, now and then a plain line elsewhere."""
+"""Show a waiting person where the run is: a bar on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
 
+from megamoe.metrics.step_record import StepRecord
+
 TERMINAL_VARIABLE = "MEGAMOE_TERMINAL"
-"""Set to 1 by a launcher that passes the output of rank 0 on to a terminal: the rank itself sees only a pipe."""
+"""A launcher sets this to 1 if it passes the output of rank 0 on to a terminal; the rank itself sees only a pipe."""
 
 
 class Progress:
-    """Shows step, loss, tokens per second and the time left, on stderr. One process of a run holds one.
+    """Show step, loss, tokens per second and the time left on stderr. One process of a run holds the progress line.
 
     Args:
-        steps: optimizer steps of the whole run.
-        done: steps that were done before this process, after a resume.
-        interval: seconds between plain lines where there is no terminal.
+        steps: Optimizer steps of the whole run.
+        done: Steps that were done before this process, after a resume.
+        interval: Seconds between plain lines where there is no terminal.
     """
 
     def __init__(self, steps: int, done: int = 0, interval: float = 10.0) -> None:
@@ -39,10 +40,10 @@ class Progress:
                 bar_format="step {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}",
             )
 
-    def update(self, record: Mapping[str, object]) -> None:
-        """Show the record of the step just done (keys ``step``, ``loss`` and ``tokens_per_second`` of the stream)."""
+    def update(self, record: StepRecord) -> None:
+        """Show the step just done."""
         step, loss, speed = record["step"], record["loss"], record["tokens_per_second"]
-        assert isinstance(step, int) and isinstance(loss, int | float) and isinstance(speed, int | float)
+        assert loss is not None and speed is not None, "only records that were read back have None"
         figures = f"loss {loss:.4f}, {_short(speed)} tokens/s"
         if self._bar is not None:
             self._bar.set_postfix_str(figures, refresh=False)

@@ -1,15 +1,17 @@
-"""The stream of records in TensorBoard: scalars, expert load by layer, pictures with their captions."""
+"""Write the records of steps to TensorBoard: scalars, expert load by layer, pictures with their captions."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from megamoe.metrics.step_record import Number, StepRecord
 
 SCALARS = {
     "loss": "loss/total",
@@ -31,12 +33,12 @@ HEAT_MAP_PACE = 10  # a picture weighs as much as a thousand scalars, and the lo
 
 
 class TensorBoardSink:
-    """Writes event files. One process of a run holds one.
+    """Write event files. One process of a run holds the writer.
 
     Args:
         folder: RUN/tensorboard.
-        resume_step: last step that counts; TensorBoard hides what was written after it. None for a new run.
-        every: steps between records that are written; every tenth of them brings the heat map of expert load.
+        resume_step: Last step that counts; TensorBoard hides what was written after it. None for a new run.
+        every: Steps between records that are written. Every tenth of them brings a heat map of the expert load.
     """
 
     def __init__(self, folder: Path, resume_step: int | None, every: int) -> None:
@@ -45,15 +47,11 @@ class TensorBoardSink:
         purge = None if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(str(folder), purge_step=purge)
         self._every = every
-        self._since: Counter[str] = Counter()  # what the data gave and cost since the last record that was written
+        self._since: defaultdict[str, float] = defaultdict(float)  # figures of the data since the last record written
 
-    def write(self, record: Mapping[str, object]) -> None:
-        """Write a record of the stream (:mod:`megamoe.metrics.metrics_file`) when its step is due; step 1 always is.
-
-        What the data gave and cost is added up over the steps in between.
-        """
+    def write(self, record: StepRecord) -> None:
+        """Write a record if its step is due; step 1 always is. Figures of the data are summed over the steps in between."""
         step = record["step"]
-        assert isinstance(step, int)
         self._add_up(record)
         if step % self._every and step != 1:
             return
@@ -64,8 +62,7 @@ class TensorBoardSink:
             value = record.get(key)
             if isinstance(value, int | float):
                 self._writer.add_scalar(tag, value, step)
-        load = record.get("load")
-        if isinstance(load, Mapping) and load:
+        if load := record.get("load"):
             self._write_load(step, load)
 
     def pictures(self, step: int, pixels: npt.NDArray[np.uint8], captions: Sequence[str]) -> None:
@@ -95,15 +92,14 @@ class TensorBoardSink:
         """Flush and close the event file."""
         self._writer.close()
 
-    def _add_up(self, record: Mapping[str, object]) -> None:
-        sources, reading = record.get("sources"), record.get("reading")
-        if isinstance(sources, Mapping):
-            for name, given in sources.items():
-                self._since.update({f"data_{name}/{what}": amount for what, amount in given.items()})
-        if isinstance(reading, Mapping):
-            self._since.update({f"data_reading/{what}": amount for what, amount in reading.items()})
+    def _add_up(self, record: StepRecord) -> None:
+        groups = {f"data_{name}": given for name, given in record.get("sources", {}).items()}
+        groups["data_reading"] = record.get("reading", {})
+        for group, figures in groups.items():
+            for what, amount in figures.items():
+                self._since[f"{group}/{what}"] += amount or 0
 
-    def _write_load(self, step: int, load: Mapping[str, Sequence[float]]) -> None:
+    def _write_load(self, step: int, load: Mapping[str, Sequence[Number]]) -> None:
         # 1 is perfect balance; the largest value is how much longer than that the slowest expert works.
         relative = {layer: np.asarray(row, dtype=np.float64) * len(row) for layer, row in load.items()}
         for layer, row in relative.items():
@@ -115,11 +111,11 @@ class TensorBoardSink:
 
 
 def heat_map(rows: Sequence[npt.NDArray[np.float64]], cell: int = 16) -> npt.NDArray[np.uint8]:
-    """Load of experts relative to the mean, as a picture: a row per layer, a square of ``cell`` pixels per expert.
+    """Draw the load of experts relative to the mean: a row per layer, a square of ``cell`` pixels per expert.
 
     Returns:
-        (len(rows) * cell, longest row * cell, 3). Dark is no load, the middle of the scale the mean, bright twice the
-        mean or more. Layers with fewer experts leave grey at the right.
+        (len(rows) * cell, longest row * cell, 3). Dark is no load, the middle of the scale is the mean, bright is
+        twice the mean or more. Rows of layers with fewer experts end in grey.
     """
     from matplotlib import colormaps
 

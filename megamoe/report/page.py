@@ -18,6 +18,7 @@ from markupsafe import Markup
 from megamoe.config import Config, load_config
 from megamoe.core.errors import UserError
 from megamoe.metrics.metrics_file import METRICS_FILE, read_metrics
+from megamoe.metrics.step_record import StepRecord
 from megamoe.model.size import model_size
 from megamoe.parallel.layout import plan_layout
 from megamoe.report.figures import Array, curves, expert_heat_map
@@ -100,7 +101,7 @@ def _config(run: Path) -> tuple[Config | None, str]:
         return None, str(error)
 
 
-def _tiles(records: Sequence[Mapping[str, Any]], splits: Sequence[Split], config: Config | None) -> list[Fact]:
+def _tiles(records: Sequence[StepRecord], splits: Sequence[Split], config: Config | None) -> list[Fact]:
     tiles = [("steps", f"{records[-1]['step']:,}"), ("language loss", _number(_end(records, "lm_loss")))]
     tiles += [(f"{label}, {split.name}", text) for split in splits for label, text in split.facts if "match" in label]
     if config:
@@ -110,7 +111,7 @@ def _tiles(records: Sequence[Mapping[str, Any]], splits: Sequence[Split], config
     return tiles
 
 
-def _facts(records: Sequence[Mapping[str, Any]], config: Config | None) -> list[Fact]:
+def _facts(records: Sequence[StepRecord], config: Config | None) -> list[Fact]:
     last = records[-1]
     worlds = [int(size) for size in _column(records, "world_size") if math.isfinite(size)]
     changes = [size for index, size in enumerate(worlds) if index == 0 or size != worlds[index - 1]]
@@ -130,7 +131,7 @@ def _facts(records: Sequence[Mapping[str, Any]], config: Config | None) -> list[
     return facts
 
 
-def _charts(records: Sequence[Mapping[str, Any]]) -> list[Chart]:
+def _charts(records: Sequence[StepRecord]) -> list[Chart]:
     steps = _column(records, "step")
     wanted: list[tuple[str, str, dict[str, str], bool]] = [
         ("Loss", "Mean over the global batch; total is language model plus router losses.",
@@ -154,7 +155,7 @@ def _charts(records: Sequence[Mapping[str, Any]]) -> list[Chart]:
     return charts
 
 
-def _load_charts(records: Sequence[Mapping[str, Any]]) -> list[Chart]:
+def _load_charts(records: Sequence[StepRecord]) -> list[Chart]:
     with_load = [record for record in records if record.get("load")]
     if not with_load:
         return []
@@ -227,16 +228,17 @@ def _json(path: Path, text: str) -> dict[str, Any]:
     return value
 
 
-def _column(records: Sequence[Mapping[str, Any]], key: str) -> Array:
-    values = (record.get(key) for record in records)
-    return np.array([np.nan if value is None else float(value) for value in values])
+def _column(records: Sequence[StepRecord], key: str) -> Array:
+    """Return the values of ``key``, NaN where a record has none."""
+    values = [record.get(key) for record in records]
+    return np.array([float(value) if isinstance(value, int | float) else np.nan for value in values])
 
 
-def _row(record: Mapping[str, Any], layer: str) -> Array:
+def _row(record: StepRecord, layer: str) -> Array:
     return np.array(record["load"][layer], dtype=np.float64)
 
 
-def _end(records: Sequence[Mapping[str, Any]], key: str) -> float:
+def _end(records: Sequence[StepRecord], key: str) -> float:
     values = _column(records[-LAST:], key)
     return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
 

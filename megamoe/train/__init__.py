@@ -1,1 +1,1 @@
-"""The training loop: data, one step, metrics, checkpoints."""
+"""Train: the loop (trainer.py), its state, the guard around each step, resume and rollback, watchdog, stop requests."""

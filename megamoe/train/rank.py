@@ -1,4 +1,4 @@
-"""One rank of `megamoe train`: check everything that can be wrong, then join the others and train."""
+"""Run one rank of `megamoe train`: check everything that can be wrong, then join the others and train."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def train(config: Config, resume: str) -> int:
 
     Args:
         config: The resolved config.
-        resume: ``auto`` goes on from the newest good checkpoint of the run's folder, if there is one; ``none`` starts a
-            new run; anything else is a run or checkpoint folder to go on from.
+        resume: ``auto`` resumes from the newest good checkpoint of the run's folder, if there is one. ``none`` starts a
+            new run. Anything else is a run or checkpoint folder to resume from.
 
     Returns:
-        Exit status: 0 when all steps are done, 75 when all ranks have saved and stopped because one was asked to.
+        The exit status: 0 if all steps are done, 75 if a rank was asked to stop and all ranks have saved.
 
     Raises:
-        UserError: the request is wrong; found before any process group is made where it can be.
+        UserError: the request is wrong. What can be checked without the other ranks is checked before joining them.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     stop = StopRequest(rank, config.launch.stop_grace)
@@ -65,7 +65,7 @@ def train(config: Config, resume: str) -> int:
 
 
 def prepare_folder(config: Config, tokenizer: Tokenizer) -> None:
-    """Make the run's folder and write the resolved config and the tokenizer into it, so that it can be moved."""
+    """Create the run's folder with the resolved config and the tokenizer in it, so that it can be moved."""
     folder = config.run.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, agreed on by all ranks, and what becomes of the history that it leaves."""
+"""Choose the checkpoint that a run resumes from, alike on all ranks, and abandon the history after it."""
 
 from __future__ import annotations
 
@@ -24,41 +24,44 @@ from megamoe.train.records import truncate_lost
 
 
 class Resume:
-    """The way from ``--resume`` to a loaded state. All ranks make it and call its methods together.
+    """Get from ``--resume`` to a loaded state. All ranks construct it and call its methods together.
 
-    Rank 0 chooses, by manifests and sizes of files: a glance, whatever the size of the model. Checksums are compared by
-    each rank for what it reads anyway; when one finds damage, all of them load the checkpoint before.
+    Rank 0 chooses by manifests and file sizes, which takes a glance whatever the size of the model. Each rank compares
+    checksums of what it reads anyway. If one of them finds damage, all ranks load the checkpoint before.
 
     Args:
         config: The resolved config.
         asked: ``auto``, ``none``, or a run or checkpoint folder.
-        fingerprints: ``tokenizer`` and ``data``, which a checkpoint must fit to.
-        among: For ``auto``: of the run's checkpoints those to choose from, the best one last; None: all.
+        fingerprints: ``tokenizer`` and ``data``; a checkpoint must have the same ones.
+        candidates: For ``auto``: checkpoints of the run to choose from, the preferred one last. None: all of them.
+
+    Attributes:
+        elsewhere: Whether the checkpoint is not in the run's own history: of another run, or abandoned before.
 
     Raises:
-        DamagedCheckpoint: the one asked for is damaged, or all of them are.
-        CheckpointError: there is none, or it is of another model, tokenizer or data.
+        DamagedCheckpoint: the requested checkpoint is damaged, or all of them are.
+        CheckpointError: there is no checkpoint, or it is of another model, tokenizer or data.
     """
 
-    def __init__(self, config: Config, asked: str, fingerprints: dict[str, str], among: Sequence[Path] | None = None):
+    def __init__(self, config: Config, asked: str, fingerprints: dict[str, str], candidates: Sequence[Path] | None = None):
         self._config, self._fingerprints, self._run = config, fingerprints, config.run.folder
         self._auto = asked == "auto"
         self._refused: list[str] = []  # on rank 0
-        self._left: list[Path | int] = []  # on rank 0: the next one is the last; a step is one that only the mirror has
+        self._candidates: list[Path | int] = []  # on rank 0, the next one last; a bare step is in the mirror only
         mirror = config.checkpoint.mirror
         self._mirror = RemoteCheckpoints(mirror) if mirror is not None and dist.get_rank() == 0 else None
-        if among is not None:
-            self._left = list(among)
+        if candidates is not None:
+            self._candidates = list(candidates)
         elif asked in ("auto", "none"):
-            self._left = from_rank_0(lambda: self._all_there_are(asked))
+            self._candidates = from_rank_0(lambda: self._find_all(asked))
         self._next = from_rank_0(self._choose if asked in ("auto", "none") else lambda: self._only(Path(asked)))
         self.elsewhere = from_rank_0(self._is_elsewhere)
 
     def load(self, checkpointer: Checkpointer) -> TrainState | None:
-        """Put the state of the newest good checkpoint into the engine; None for a run from its beginning.
+        """Load the newest good checkpoint into the engine and return its state; None for a run from its beginning.
 
         Raises:
-            DamagedCheckpoint: the one asked for is damaged, or all of them are.
+            DamagedCheckpoint: the requested checkpoint is damaged, or all of them are.
         """
         while self._next is not None:
             try:
@@ -71,33 +74,33 @@ class Resume:
                 self._next = from_rank_0(self._choose)
         return None
 
-    def leave_the_rest(self, step: int) -> None:
-        """Make the run's folder say what the weights say: nothing of a later step, or of another history, is left in it."""
+    def abandon_after(self, step: int) -> None:
+        """Make the run's folder match the weights: set later checkpoints and other histories aside, cut the records."""
         if dist.get_rank() == 0:
-            # Before records are cut: if this is interrupted, they are never shorter than the newest checkpoint.
+            # Checkpoints first: if this is interrupted, the records are never shorter than the newest checkpoint.
             for folder in set_aside(self._run, step, newer_only=not self.elsewhere):
-                _say(f"{folder}: set aside, the run goes on from step {step}")
-            self._leave_in_mirror(step)
+                _say(f"{folder}: set aside, the run resumes from step {step}")
+            self._abandon_in_mirror(step)
             for folder in tidy(self._run):
                 _say(f"{folder}: half-written, removed")
-            # What a save that was interrupted after it had published would still have deleted.
+            # A save that was interrupted right after publishing has not deleted the older ones yet.
             retain(self._run, step, self._config.checkpoint.keep, self._config.checkpoint.keep_every)
-            # All ranks are past their indexing, and no data worker has started yet.
+            # No rank writes into these folders now: indexing is done, and no data worker has started.
             for folder in (self._run, self._run / "index"):
                 remove_unfinished(folder)
             truncate_audit(self._run, step)
             truncate_lost(self._run, step)
         dist.barrier()
 
-    def _all_there_are(self, asked: str) -> list[Path | int]:
-        """Checkpoints of the run, oldest first."""
+    def _find_all(self, asked: str) -> list[Path | int]:
+        """Find the checkpoints of the run, here and in the mirror, oldest first."""
         here: dict[int, Path | int] = dict(checkpoints_of(self._run))
         try:
             there = self._mirror.steps() if self._mirror is not None else []
         except CheckpointError as error:
             if not here:
                 raise
-            _say(f"{error}; going on with what {self._run} has")
+            _say(f"{error}; continuing with what {self._run} has")
             there, self._mirror = [], None
         if asked == "none":
             if there:
@@ -108,17 +111,17 @@ class Resume:
             return []
         return [each for _, each in sorted({**{step: step for step in there}, **here}.items())]
 
-    def _leave_in_mirror(self, step: int) -> None:
+    def _abandon_in_mirror(self, step: int) -> None:
         if self._mirror is None:
             return
         for there in self._mirror.steps():
             if there > step or (self.elsewhere and there != step):
                 self._mirror.abandon(there)
-                _say(f"checkpoint.mirror: step {there} set aside, the run goes on from step {step}")
+                _say(f"checkpoint.mirror: step {there} set aside, the run resumes from step {step}")
 
     def _choose(self) -> Path | None:
-        while self._left:
-            each = self._left.pop()
+        while self._candidates:
+            each = self._candidates.pop()
             try:
                 if isinstance(each, int):
                     assert self._mirror is not None
@@ -149,18 +152,20 @@ class Resume:
         return folder
 
     def _is_elsewhere(self) -> bool:
-        """Whether the checkpoint is none of the run's own: of another run, or one that was set aside."""
         if self._next is None or self._auto:
             return False
         return self._next.resolve() not in [folder.resolve() for _, folder in checkpoints_of(self._run)]
 
     def _refuse(self, error: CheckpointError) -> None:
         self._refused.append(str(error))
-        _say(f"{error}{'; taking the one before' if self._left else ''}")
+        _say(f"{error}{'; taking the one before' if self._candidates else ''}")
 
 
 def checkpoints_before(run: Path, step: int, margin: int) -> list[Path]:
-    """Checkpoints of a run from before ``step``, those at least ``margin`` steps before it last, each oldest first."""
+    """Return the checkpoints of a run from before ``step``, the preferred one last.
+
+    The newest one at least ``margin`` steps earlier is preferred, then the older ones, then those within the margin.
+    """
     found = [(saved, folder) for saved, folder in checkpoints_of(run) if saved < step]
     return [folder for _, folder in sorted(found, key=lambda each: (each[0] < step - margin, each[0]))]
 

@@ -1,4 +1,4 @@
-"""Learning rate as a function of the step alone: a resumed run needs no state for it."""
+"""Compute the learning rate from the step alone, so that a resumed run needs no state for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megamoe.config import OptimConfig
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Rate of optimizer step ``step`` (from 1) of ``steps``.
+    """Return the learning rate of optimizer step ``step`` (from 1) of ``steps``.
 
     Linear warm-up over ``warmup`` steps, then one of: cosine to ``min_lr`` at the last step (arXiv:1608.03983);
     wsd, constant and then linear to ``min_lr`` over the last ``decay`` steps (arXiv:2404.06395); constant.

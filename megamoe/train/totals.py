@@ -1,4 +1,4 @@
-"""Counts of a step over all ranks. Decisions are taken from these, so that all ranks take the same."""
+"""Count a step over all ranks. Decisions are taken from these sums, so all ranks take the same ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megamoe.core.errors import DataError
 from megamoe.core.packed_batch import PackedBatch
 from megamoe.data.loader.step_loader import StepBatch
 
-# Before that many samples a single bad one would already be a large share.
+# Among fewer samples than this, a single bad one would already be a large share.
 _SAMPLES_BEFORE_LIMIT = 1000
 
 _OF_STEP = ("targets", "tokens", "samples", "lost", "drawn", "lost_shard", "truncated", "stops", "failed")
@@ -22,13 +22,20 @@ _OF_READING = ("downloads", "cache_hits", "retries", "received", "seconds")
 
 @dataclass(frozen=True)
 class StepTotals:
-    """Over the global batch: labels, non-padding tokens, samples trained on, samples lost, captions cut.
+    """Sums over the global batch of a step.
 
-    ``drawn``: samples that the lanes have moved on by; incomplete ones, which have no place in a lane, are lost as well.
-    ``lost_shard``: those of the samples lost whose shard is in quarantine. ``stops``: ranks that were asked to stop.
-    ``failed``: ranks whose part is missing; then the other counts mean nothing. ``sources``: by name, what each source gave
-    (:meth:`megamoe.data.loader.lane.LanePacker.next_sequence`); ``reading``: what bringing it took
-    (:class:`megamoe.data.loader.worker.WorkerItem`).
+    Attributes:
+        targets: Caption tokens with a label.
+        tokens: Tokens without padding.
+        samples: Samples trained on.
+        lost: Samples that could not be used.
+        drawn: Samples by which the lanes have moved on. An incomplete sample has no place in a lane and does not count.
+        lost_shard: Those of ``lost`` whose shard is in quarantine.
+        truncated: Captions cut to the sequence length.
+        stops: Ranks that were asked to stop.
+        failed: Ranks that have no batch. If there are any, the other sums mean nothing.
+        sources: Source -> what it gave (:meth:`megamoe.data.loader.lane.LanePacker.next_sequence`).
+        reading: What reading cost (:class:`megamoe.data.loader.worker.WorkerItem`).
     """
 
     targets: int
@@ -47,7 +54,15 @@ class StepTotals:
 def step_totals(
     batch: StepBatch | None, failed: bool, stop: bool, sources: Sequence[str], device: torch.device
 ) -> StepTotals:
-    """Sum the counts of the ranks that load data; the others pass None. All ranks call, with the same ``sources``."""
+    """Sum the counts of all ranks. All ranks call, with the same ``sources``.
+
+    Args:
+        batch: This rank's part of the step; None for a rank that loads no data, or has failed.
+        failed: Whether this rank has failed to get its part.
+        stop: Whether this rank was asked to stop.
+        sources: Names of the data sources.
+        device: Where the collective takes place.
+    """
     pairs = [(number, what) for number in range(len(sources)) for what in _OF_SOURCE]
     mine: list[float] = [0] * (len(_OF_STEP) + len(pairs) + len(_OF_READING))
     if batch is not None:
@@ -58,7 +73,7 @@ def step_totals(
         mine = [batch.targets, tokens, samples, lost, drawn, shard, batch.truncated, 0, 0]
         mine += [*(batch.counters[pair] for pair in pairs), *(batch.reading[what] for what in _OF_READING)]
     mine[len(_OF_STEP) - 2 : len(_OF_STEP)] = [stop, failed]
-    # in one go, since each costs a round over the network; counts are exact up to 2^53
+    # One collective for all, since each costs a round over the network. Counts are exact up to 2^53.
     sums = torch.tensor(mine, dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     counts = iter(round(value, 6) if value % 1 else int(value) for value in sums.tolist())
@@ -68,7 +83,7 @@ def step_totals(
 
 
 def check_losses(lost: int, samples: int, max_corrupt: float) -> None:
-    """Stop when too many samples could not be used.
+    """Stop the run when too many samples could not be used.
 
     Raises:
         DataError: ``lost`` is more than ``max_corrupt`` of all samples read (of at least 1000).

@@ -19,6 +19,7 @@ from megamoe.checkpoint.verify import verify_checkpoint
 from megamoe.commands.checkpoint import checkpoint
 from megamoe.config import Config, load_config
 from megamoe.core.errors import CheckpointError, DamagedCheckpoint
+from megamoe.metrics.counters import Counters
 from megamoe.model.size import model_size
 from tests.training import ROOT, small_config
 
@@ -44,7 +45,7 @@ def _write(folder: Path, step: int) -> None:
             files[file][f"{name}@{start}"] = torch.randn(count)
     sums = {f"rank-{f:05d}.safetensors": write_tensors(folder / f"rank-{f:05d}.safetensors", files[f]) for f in (0, 1)}
     state = TrainState(
-        step=step, tokens=1, samples=1, lost=0, recomputed=0, skipped=0, skipped_in_a_row=0, position={},
+        counters=Counters(step=step, tokens=1, samples=1), position={},
         config=config.model_dump(mode="json"), tokenizer="t", data="d",
     ).to_json()  # fmt: skip
     model = model_fingerprint({name: each.size for name, each in expected_weights(config).items()})

@@ -25,7 +25,7 @@ def main() -> None:
     def counted(self: Trainer, *arguments: object) -> object:
         nonlocal now, tries
         now, tries = self.step + 1, 0
-        if self.watch.rollbacks and f"!{now}" in spec:
+        if self.state.guard.rollbacks and f"!{now}" in spec:
             os.kill(os.getpid(), signal.SIGKILL)
         return compute(self, *arguments)
 

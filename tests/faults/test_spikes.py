@@ -1,4 +1,4 @@
-"""Loss spikes: seen before the update, computed again, skipped on all ranks alike, and gone past after a rollback.
+"""Loss spikes: seen before the update, computed again, skipped on all ranks alike, and passed over after a rollback.
 
 What it must come to is told by other means: a NaN in the same steps, which DeepSpeed itself does not apply.
 """
@@ -87,7 +87,7 @@ def test_spikes_leave_what_steps_that_were_never_applied_leave(here: Path, case:
     path = here / "runs" / case
     ended = run(here, "spiky.py", SPIKES, case, nproc, *overrides)
     assert {status for status, _ in ended} == {0}, ended[0][1][-900:]
-    said = "steps 13 to 14: 2 loss spikes in a row (train.max_spikes 1): goes back to step 8, and past steps 12 to 14"
+    said = "steps 13 to 14: 2 loss spikes in a row (train.max_spikes 1): goes back to step 8 and passes over steps 12 to 14"
     assert said in ended[0][1]
 
     other = reference(here, case)
