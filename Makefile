@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIP_INSTALL := $(PIP) install --quiet --constraint constraints.txt
+# Processes that run tests: most tests wait for others more than they compute.
+WORKERS ?= 2
 SOURCES := megamoe launcher data_tools slurm slurm/testbed tests benchmarks
 
 .PHONY: help install demo test chaos ladder lint clean
@@ -19,7 +21,7 @@ demo: $(INSTALLED) ## Make shards, train a small model on 4 processes, kill one,
 	$(BIN)/megamoe demo
 
 test: $(INSTALLED) ## Run all tests but those marked nightly
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
 
 chaos: $(INSTALLED) ## Run 100 trainings under random faults (hours; goes on where it was); rewrite docs/chaos.md
 	$(BIN)/python -m benchmarks.chaos --json data/chaos/results.json --page docs/chaos.md

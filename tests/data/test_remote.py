@@ -191,7 +191,7 @@ def test_retry_after_is_respected_within_the_bound(server: ShardServer, file: Bi
     server.answers["/00000.tar"] = [shard_server.status(503, Retry_After=3600)]
     started = time.monotonic()
     download(f"{server.url}/00000.tar", file, QUICK)
-    assert 0.3 <= time.monotonic() - started < 3
+    assert 0.3 <= time.monotonic() - started < 9
 
 
 def test_503_for_ever_ends(server: ShardServer, file: BinaryIO) -> None:
@@ -213,7 +213,7 @@ def test_what_does_not_pass_fails_at_once(server: ShardServer, file: BinaryIO, c
     assert len(server.asked) == 1
 
 
-@pytest.mark.parametrize("stuck", [shard_server.trickle(3), shard_server.silence(1.5)])
+@pytest.mark.parametrize("stuck", [shard_server.trickle(6), shard_server.silence(5)])
 def test_a_stuck_stream_is_given_up_and_asked_for_again(
     server: ShardServer, shard: bytes, file: BinaryIO, stuck: Any
 ) -> None:
@@ -221,7 +221,7 @@ def test_a_stuck_stream_is_given_up_and_asked_for_again(
     started = time.monotonic()
     assert download(f"{server.url}/00000.tar", file, QUICK).retries == 1
     assert content(file) == shard
-    assert time.monotonic() - started < 2.5
+    assert time.monotonic() - started < 4.5
 
 
 def test_a_server_that_is_not_there_is_one_line(file: BinaryIO) -> None:

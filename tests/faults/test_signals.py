@@ -85,7 +85,7 @@ def test_ctrl_c_twice_ends_at_once_without_a_save(folder: Path) -> None:
         run.process.send_signal(signal.SIGINT)
         started = time.monotonic()
         status, said = run.end()
-    assert status == 130 and time.monotonic() - started < 5
+    assert status == 130 and time.monotonic() - started < 15
     assert "without a save; there is no new checkpoint; go on with" in said
     assert not psutil.pid_exists(rank)
 

@@ -59,7 +59,7 @@ def test_this_machine_is_sound_by_its_real_readings(tmp_path: Path) -> None:
     assert 0.1 * GIB < free_memory() < 1 << 50
     took = time.perf_counter()
     lines(tmp_path, limits())
-    assert time.perf_counter() - took < 1  # before each attempt
+    assert time.perf_counter() - took < 3  # before each attempt
 
 
 def test_real_readings_below_a_limit_are_told_with_what_to_do(tmp_path: Path) -> None:
