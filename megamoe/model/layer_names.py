@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megamoe.config.schema import ModelConfig
+from megamoe.config import ModelConfig
 
 
 def layer_names(model: ModelConfig) -> dict[str, bool]:

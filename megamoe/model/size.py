@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megamoe.config.schema import Config, ModelConfig
+from megamoe.config import Config, ModelConfig
 
 
 @dataclass(frozen=True)
