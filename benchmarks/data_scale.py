@@ -42,7 +42,8 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.located import INDEX, Case, LocateWork
-from megamoe.config.schema import DataConfig, VisionConfig
+from megamoe.config.data import DataConfig
+from megamoe.config.model import VisionConfig
 from megamoe.data.loader.processes import WorkerProcesses
 from megamoe.data.loader.step_loader import StepLoader
 from megamoe.data.order.position import DataState

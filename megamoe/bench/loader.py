@@ -32,7 +32,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from megamoe.bench.pictures import SIDE, caption, write_shards
-from megamoe.config.schema import DataConfig, VisionConfig
+from megamoe.config.data import DataConfig
+from megamoe.config.model import VisionConfig
 from megamoe.data.loader.step_loader import StepLoader
 from megamoe.data.sample.decode import decode_image
 from megamoe.data.sample.tokenizer import Tokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megamoe.checkpoint.folders import checkpoints_of, to_delete
 from megamoe.checkpoint.remote import RemoteCheckpoints
-from megamoe.config.schema import CheckpointConfig
+from megamoe.config.training import CheckpointConfig
 from megamoe.core.errors import CheckpointError
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megamoe.config.schema import Config, DecoderConfig, MoEConfig, VisionConfig
+from megamoe.config.model import DecoderConfig, MoEConfig, VisionConfig
+from megamoe.config.schema import Config
 
 
 @dataclass(frozen=True)

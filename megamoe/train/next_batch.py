@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from megamoe.config.schema import DataConfig
+from megamoe.config.data import DataConfig
 from megamoe.core.errors import DataError
 from megamoe.data.loader.step_loader import StepBatch, StepLoader
 from megamoe.data.shards.catalog import BadShard

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-from megamoe.config.schema import TrainConfig
+from megamoe.config.training import TrainConfig
 from megamoe.core.errors import CheckpointError
 
 _TO_SIGMA = 1.4826  # median absolute deviation of a normal distribution -> its standard deviation

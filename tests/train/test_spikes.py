@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from megamoe.config.schema import TrainConfig
+from megamoe.config.training import TrainConfig
 from megamoe.core.errors import CheckpointError
 from megamoe.train.spikes import SpikeWatch
 
