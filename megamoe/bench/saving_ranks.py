@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -11,7 +9,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from megamoe.config import Config, load_config
 from megamoe.model.batch import IGNORE
 from megamoe.parallel.deepspeed.engine import MicroBatch, TrainEngine
 from megamoe.parallel.deepspeed.main_parameters import owned_pieces
+from megamoe.parallel.deepspeed.own_checkpoint import load_own_checkpoint, save_own_checkpoint
 from megamoe.parallel.deepspeed.process_group import joined_world
 from megamoe.parallel.layout import plan_layout
 
@@ -45,7 +44,7 @@ class Bench:
         self.config, self.folder, self.rank = config, folder, dist.get_rank()
         self.layout = plan_layout(config, dist.get_world_size())
         self.engine = TrainEngine(config, self.layout, _IMAGE, device)
-        self.checkpointer = Checkpointer(config, self.engine)
+        self.checkpointer = Checkpointer(config.run.folder, config.checkpoint, config.optim, self.engine)
         self.batches = _random_batches(config, self.layout.accumulation) if self.engine.loads_data else []
         # Collectives of DCP's own thread must not meet those of the training.
         self.background = dist.new_group(backend="gloo")
@@ -161,26 +160,14 @@ class Bench:
         dcp_load(self._of_this_rank(), storage_reader=FileSystemReader(path))
 
     def _deepspeed_save(self, path: Path) -> None:
-        with self._without_experts():
-            self.engine.deepspeed.save_checkpoint(str(path), tag="bench")
+        save_own_checkpoint(self.engine, path)
         dist.barrier()
         for file in sorted(path.rglob("*"))[self.rank :: dist.get_world_size()]:
             if file.is_file():
                 _sync(file)
 
     def _deepspeed_load(self, path: Path) -> None:
-        with self._without_experts():
-            self.engine.deepspeed.load_checkpoint(str(path), tag="bench")
-
-    @contextlib.contextmanager
-    def _without_experts(self) -> Iterator[None]:
-        """DeepSpeed 0.19.8 saves experts of its own classes only. As if dense, each rank writes and reads what it owns."""
-        before, self.engine.deepspeed.has_moe_layers = self.engine.deepspeed.has_moe_layers, False
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                yield
-        finally:
-            self.engine.deepspeed.has_moe_layers = before
+        load_own_checkpoint(self.engine, path)
 
     def _of_this_rank(self) -> dict[str, Tensor]:
         """Plain DCP knows no ranges of flattened tensors: each piece under a name of its own."""

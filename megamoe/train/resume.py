@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megamoe.checkpoint.checkpointer import Checkpointer
-from megamoe.checkpoint.folders import checkpoints_of, retain, set_aside, tidy
+from megamoe.checkpoint.folders import abandon, checkpoints_of, retain, tidy
 from megamoe.checkpoint.manifest import check_sizes, read_manifest
 from megamoe.checkpoint.reading import find_checkpoint
 from megamoe.checkpoint.remote import RemoteCheckpoints
@@ -75,7 +75,7 @@ class Resume:
         """Make the run's folder say what the weights say: nothing of a later step, or of another history, is left in it."""
         if dist.get_rank() == 0:
             # Before records are cut: if this is interrupted, they are never shorter than the newest checkpoint.
-            for folder in set_aside(self._run, step, newer_only=not self.elsewhere):
+            for folder in abandon(self._run, step, newer_only=not self.elsewhere):
                 _say(f"{folder}: set aside, the run goes on from step {step}")
             self._leave_in_mirror(step)
             for folder in tidy(self._run):

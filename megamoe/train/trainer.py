@@ -22,7 +22,7 @@ from megamoe.data.shards.catalog import DataSet, data_fingerprint
 from megamoe.data.shards.from_config import open_cache
 from megamoe.parallel.consistency import check_agreement
 from megamoe.parallel.deepspeed.engine import StepResult, TrainEngine
-from megamoe.parallel.deepspeed.main_parameter_sums import MasterSums
+from megamoe.parallel.deepspeed.main_parameter_sums import MainParameterSums
 from megamoe.parallel.layout import Layout
 from megamoe.parallel.memory import peak_memory, predict_memory
 from megamoe.train.next_batch import next_batch
@@ -62,13 +62,13 @@ class Trainer:
         history = Resume(config, resume, self.fingerprints)  # before minutes are spent on building the model
         self.engine = TrainEngine(config, layout, tokenizer.image_id, device)
         self.loader = self._build_loader(data) if self.engine.loads_data else None
-        self.checkpointer = Checkpointer(config, self.engine)
+        self.checkpointer = Checkpointer(config.run.folder, config.checkpoint, config.optim, self.engine)
         self._dumped = config.model_dump(mode="json")
         self._versions = {"megamoe": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
         self.step, self.tokens, self.samples, self.lost, self.lost_shard = 0, 0, 0, 0, 0
         self.recomputed, self.skipped, self._skipped_in_a_row, self.spikes, self.drawn = 0, 0, 0, 0, 0
         self.watch = SpikeWatch(config.train)
-        self.masters = MasterSums(self.engine, enabled=config.train.check_every > 0)
+        self.masters = MainParameterSums(self.engine, enabled=config.train.check_every > 0)
         state = history.load(self.checkpointer)
         if state is not None:
             self._go_on_from(state)
