@@ -1,4 +1,4 @@
-"""A rank of `megamoe bench checkpoint`: python -m megamoe.bench.saving_ranks CONFIG FOLDER ROUNDS [KEY=VALUE]..."""
+"""Run one rank of `megamoe bench checkpoint`: python -m megamoe.bench.saving_ranks CONFIG FOLDER ROUNDS [KEY=VALUE]..."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ class Bench:
         self.engine.step(self.batches, self.config.train.global_batch, 1e-5)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What this rank owns, in the optimizer's memory."""
+        """Return what this rank owns, as views into the optimizer's memory."""
         pieces = owned_pieces(self.engine, self.checkpointer.moments)
         return {f"{piece.name}@{piece.start}": piece.data for piece in pieces}
 
     def run(self, rounds: int) -> dict[str, Any]:
-        """All figures; the first round is not counted."""
+        """Measure all figures; the first round warms up and is not counted."""
         self.step()
         for _ in range(_STEPS):
             self._timed("step", self.step)
         size, failures = 0, {}
-        # torch.save would write, for each view, all of the memory that it is a view into.
+        # For each view torch.save would write the whole buffer behind it.
         self._copies = {name: tensor.clone() for name, tensor in self.tensors().items()}
         for _ in range(rounds + 1):
             for name, save, load in (
@@ -102,7 +102,7 @@ class Bench:
         }
 
     def _timed(self, name: str, work: Callable[[], object]) -> None:
-        """Until the last rank is done, on rank 0's clock."""
+        """Time ``work`` until the last rank is done, on this rank's clock."""
         dist.barrier()
         started = time.perf_counter()
         work()
@@ -110,14 +110,14 @@ class Bench:
         self.seconds[name].append(time.perf_counter() - started)
 
     def _stalls(self) -> None:
-        """How long the training threads stand, at the slowest rank, for a save that goes on beside steps."""
+        """Measure how long training pauses, at the slowest rank, for a save that runs beside steps."""
         stalls = {}
         self.step()
-        stood = _clock(lambda: self.checkpointer.save(self._state(), None))
+        paused = _clock(lambda: self.checkpointer.save(self._state(), None))
         while self.checkpointer.busy:
             self.step()
-            stood += _clock(self.checkpointer.poll)
-        stalls["ours"] = stood
+            paused += _clock(self.checkpointer.poll)
+        stalls["ours"] = paused
         self._remove(self.folder / "ours")
         self.step()
         path, tensors = self.folder / "dcp", self._of_this_rank()
@@ -170,7 +170,7 @@ class Bench:
         load_own_checkpoint(self.engine, path)
 
     def _of_this_rank(self) -> dict[str, Tensor]:
-        """Plain DCP knows no ranges of flattened tensors: each piece under a name of its own."""
+        """Name each piece after its rank: plain DCP does not know ranges of flattened tensors."""
         return {f"{self.rank}/{name}": tensor for name, tensor in self.tensors().items()}
 
     def _state(self) -> TrainState:
@@ -180,7 +180,7 @@ class Bench:
         )  # fmt: skip
 
     def _forget(self, path: Path) -> None:
-        """Drop what the kernel holds of the files, so that a load reads the disk."""
+        """Drop the files from the page cache, so that a load reads the disk."""
         dist.barrier()
         if self.rank == 0:
             for file in path.rglob("*"):
