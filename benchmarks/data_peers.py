@@ -1,23 +1,22 @@
-"""MegaMoE's data loader beside those of others, over the same pictures: speed, start, memory, resume.
+"""Compare MegaMoE's data loader with others over the same pictures: speed, start, memory, resume.
 
     python benchmarks/data_peers.py [--samples 6400] [--seconds 20] [--rounds 3] [--only NAME ...] [--json FILE]
 
-Every loader reads the same JPEGs (drawn on the spot: 224 pixels square, about 27 KB, captions beside them) from its own
-format on the local disk, shuffled, with ``--workers`` worker processes, and gives batches of ``--batch`` pictures as
-uint8 (224, 224, 3) with their captions. Ours also tokenises and packs these. Loaders run one after the other, in
-``--rounds`` rounds; figures are medians. The limit is what the same number of processes decodes from memory, with our
-decoder and no loader at all.
+Every loader reads the same generated JPEGs (224 pixels square, about 27 KB, with captions) from its own format on the local
+disk, shuffled, with ``--workers`` worker processes, and returns batches of ``--batch`` pictures as uint8 (224, 224, 3) with
+their captions. Ours also tokenises and packs them. Loaders run one after the other, in ``--rounds`` rounds; figures are
+medians. The limit is what the same number of processes decodes from memory, with our decoder and no loader at all.
 
-- *first batch*: from constructing the loader to its first batch, imports not counted;
+- *first batch*: from constructing the loader to its first batch, without imports;
 - *memory*: the main process, all others (workers, fork servers), and all together with each shared page counted once;
-- *resume*: from constructing the loader and giving it its state, saved in the middle of an epoch by another process, to
-  the first batch;
-- *goes on*: what it reads after that against the rest of the epoch as the process that was not stopped read it:
-  ``the same`` batches, or how many samples of that rest do not come.
+- *resume*: from constructing the loader with a state that another process saved in the middle of an epoch, to the first
+  batch;
+- *goes on*: compares what it then reads with the rest of the epoch as an uninterrupted process read it: ``the same``
+  batches, or the number of samples that are missing.
 
-Peers get environments of their own (``--environments``), made with venv and pip on the first run, since each pins other
-versions. They ask for torch==2.13.0; where the package index gives a CUDA build of it, that is gigabytes per peer.
-Pictures, formats and environments are kept for the next run. A peer that cannot be installed or run is named with the
+Each peer gets an environment of its own (``--environments``), made with venv and pip on the first run, because they pin
+different versions. They ask for torch==2.13.0; if the package index has a CUDA build of it, that is gigabytes per peer.
+Pictures, formats and environments are kept for the next run. A peer that cannot be installed or run is reported with the
 reason, and the others are measured.
 """
 
@@ -25,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -36,8 +34,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.command import ROOT, environment
+from megamoe.bench.pictures import caption, jpeg
+from megamoe.bench.tables import table_head, table_row
+
+HERE = ROOT / "benchmarks"
 COMMON = ("torch==2.13.0", "psutil==7.2.2", "simplejpeg==1.9.0", "pillow==13.0.0")
 PHASE_LIMIT = 900  # seconds
 
@@ -69,24 +72,21 @@ CONTENDERS = (
 
 
 class Failed(Exception):
-    """Something could not be installed or run; the message says why in one line."""
+    """A loader could not be installed or run; the message gives the reason in one line."""
 
 
 def main() -> None:
-    """Prepare, measure in rounds, print the table."""
+    """Prepare all loaders, measure them in rounds, and print the table."""
     arguments = _arguments()
-    sys.path.insert(0, str(HERE))
-    from peers.pictures import make_pictures
-
     bench = Bench(arguments)
-    jpegs = make_pictures(bench.pictures, arguments.samples)
-    size = statistics.mean(jpeg.stat().st_size for jpeg in jpegs)
+    files = make_pictures(bench.pictures, arguments.samples)
+    size = statistics.mean(file.stat().st_size for file in files)
     failures: dict[str, str] = {}
     able: list[Contender] = []
     for contender in CONTENDERS:
         if arguments.only and contender.module.removeprefix("with_") not in arguments.only:
             continue
-        if contender.title in failures:  # with its other decoder
+        if contender.title in failures:  # already failed with its other decoder
             continue
         try:
             bench.prepare(contender)
@@ -123,16 +123,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=6400)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=20, help="of each measurement of speed")
+    parser.add_argument("--seconds", type=float, default=20, help="Duration of each speed measurement.")
     parser.add_argument("--rounds", type=int, default=3)
     names = sorted({contender.module.removeprefix("with_") for contender in CONTENDERS})
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--folder", type=Path, default=HERE / ".data", help="for pictures and formats")
+    parser.add_argument("--folder", type=Path, default=HERE / ".data", help="Folder for pictures and formats.")
     parser.add_argument("--environments", type=Path, default=HERE / ".environments")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.samples < 2 * arguments.batch:
-        parser.error(f"--samples {arguments.samples}: less than two batches of {arguments.batch}, an epoch has no middle")
+        parser.error(f"--samples {arguments.samples}: fewer than two batches of {arguments.batch}; an epoch has no middle")
     return arguments
 
 
@@ -146,7 +146,7 @@ class Bench:
         self.pictures = self._folder / "pictures"
 
     def prepare(self, contender: Contender) -> None:
-        """Its environment and its format, if they are not there yet."""
+        """Make the loader's environment and format, unless they exist already."""
         if contender.packages:
             self._install(contender)
         data = self._data(contender)
@@ -160,7 +160,7 @@ class Bench:
         done.touch()
 
     def measure(self, contender: Contender) -> dict[str, Any]:
-        """All figures of one round."""
+        """Measure all figures of one round."""
         found = self._phase(contender, "rate")
         stopped = self._phase(contender, "stop")
         found["state_bytes"] = stopped["state_bytes"]
@@ -174,7 +174,7 @@ class Bench:
         return found
 
     def decode_limit(self) -> float:
-        """Samples per second."""
+        """Measure the samples per second that the cores decode without a loader."""
         command = [sys.executable, "-m", "peers.decode_limit", "--pictures", str(self.pictures), *self._setting()]
         return float(self._run(command, ours=True)["samples_per_second"])
 
@@ -211,10 +211,9 @@ class Bench:
         return self._run(command, ours=not contender.packages)
 
     def _run(self, command: list[str], ours: bool) -> dict[str, Any]:
-        path = f"{HERE}{os.pathsep}{ROOT}" if ours else str(HERE)
-        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        paths = (HERE, ROOT) if ours else (HERE,)
         try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PHASE_LIMIT)
+            done = subprocess.run(command, env=environment(*paths), capture_output=True, text=True, timeout=PHASE_LIMIT)
         except subprocess.TimeoutExpired as error:
             raise Failed(f"{command[3]}: not done after {PHASE_LIMIT} s") from error
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -224,11 +223,23 @@ class Bench:
         return found
 
 
+def make_pictures(folder: Path, count: int) -> list[Path]:
+    """Write ``folder/000000.jpg`` ... with captions in ``.txt`` beside them, unless they exist already."""
+    listing = folder / "complete.json"
+    if not listing.exists() or json.loads(listing.read_text())["count"] != count:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            (folder / f"{number:06d}.jpg").write_bytes(jpeg(number))
+            (folder / f"{number:06d}.txt").write_text(caption(number))
+        listing.write_text(json.dumps({"count": count}))
+    return [folder / f"{number:06d}.jpg" for number in range(count)]
+
+
 def _reason(output: str) -> str:
-    """The line of an output that says most: pip's last error, or a traceback's last line."""
+    """Return the most telling line of an output: pip's last error, or a traceback's last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR") or "Error: " in line]
-    return (errors or lines or ["ended without a word"])[-1][:300]
+    return (errors or lines or ["ended without output"])[-1][:300]
 
 
 def _medians(rounds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -243,12 +254,10 @@ def _medians(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _print(rows: Sequence[dict[str, Any]], limit: float) -> None:
-    print(
-        "| loader | decoder | samples/s | of the limit | first batch (s) | memory: main + others, together (MB) "
-        "| resume (s) | goes on | state (bytes) |"
-    )
-    print("|" + " --- |" * 9)
-    print(f"| decode limit | simplejpeg | {limit:,.0f} | 100% | | | | | |")
+    memory = "memory: main + others, together (MB)"
+    speed = ("samples/s", "of the limit", "first batch (s)")
+    print(table_head(["loader", "decoder", *speed, memory, "resume (s)", "goes on", "state (bytes)"]))
+    print(table_row(["decode limit", "simplejpeg", f"{limit:,.0f}", "100%", *[""] * 5]))
     for row in rows:
         rate = row["samples_per_second"]
         cells = [f"{rate:,.0f}", f"{rate / limit:.0%}", f"{row['first_seconds']:.2f}"]
@@ -258,7 +267,7 @@ def _print(rows: Sequence[dict[str, Any]], limit: float) -> None:
         else:
             on = "the same" if row["same_batches"] else f"{row['missing']:g} of {row['expected']:g} do not come"
             cells += [f"{row['resume_seconds']:.2f}", on, f"{row['state_bytes']:,.0f}"]
-        print(f"| {row['loader']} | {row['decoder']} | {' | '.join(cells)} |")
+        print(table_row([row["loader"], row["decoder"], *cells]))
 
 
 def _tell(what: str) -> None:

@@ -1,22 +1,20 @@
-"""What the order of samples costs at the size of LAION-2B: time, memory and saved state; no shard has to exist.
+"""Measure what the sample order costs at the size of LAION-2B: time, memory and saved state. No shard has to exist.
 
     python benchmarks/data_scale.py [--shards 217000] [--samples 10000] [--global-batch 4096] [--nodes 1 8] [--sources 1 3]
 
-The shards are named by a brace range of s3:// names for each source, which nobody looks at before they are read; the
-sources' shards have the same file names, as those of several sets have. What a shard's index would say is simulated: each
-has ``--samples`` samples, or, in a second pass, between half and one and a half times as many. For each number of nodes one
-rank is measured, in a process of its own that starts the loader's own worker processes; in place of decoding, these find
-where the samples of their lanes lie.
+Each source names its shards by a brace range of s3:// names, which are not touched before they are read. All sources use
+the same file names, as separate data sets often do. Shard indexes are simulated: each shard has ``--samples`` samples or,
+in a second pass, between half and one and a half times as many. For each number of nodes one rank is measured, in a process
+of its own that starts the loader's worker processes; instead of decoding, they locate the samples of their lanes.
 
-A run is started from nothing and resumed at 1%, 50% and 99% of the third epoch. By then the lanes have drifted apart:
-sequence after sequence each takes ``--per-sequence`` samples, with a standard deviation of ``--deviation``, so after t
-steps its cursor is that of a random walk.
+A run is started from nothing and resumed at 1%, 50% and 99% of the third epoch. By then the lanes have drifted apart: each
+takes ``--per-sequence`` samples per sequence with a standard deviation of ``--deviation``, so its cursor is a random walk.
 
-Time is that of the clock, from the names of the shards to the moment at which every worker knows the first sample of each
-of its lanes, the start of the processes included. Memory is the proportional set size (a page that n processes share
-counts 1/n for each) of all processes of a rank, times ``--ranks``. What grows with the data set is the difference to the
-same loader over ten shards; what is left is what Python and the packages of the loader's own processes take. Not counted:
-the rank's own Python and torch, fetching and indexing the first shards, pixels on their way, pages of mapped indexes.
+Time is wall-clock time from the names of the shards until every worker knows the first sample of each of its lanes,
+including the start of the processes. Memory is the proportional set size (a page shared by n processes counts 1/n for each)
+of all processes of a rank, times ``--ranks``. The part that grows with the data set is the difference to the same loader
+over ten shards; the rest is Python and the packages of the loader's processes. Not counted: the rank's own Python and
+torch, fetching and indexing the first shards, pixels in flight, pages of mapped indexes.
 """
 
 from __future__ import annotations
@@ -42,7 +40,9 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.located import INDEX, Case, LocateWork
-from megamoe.config.schema import DataConfig, VisionConfig
+from megamoe.bench.tables import table_head, table_row
+from megamoe.config.data import DataConfig
+from megamoe.config.model import VisionConfig
 from megamoe.data.loader.processes import WorkerProcesses
 from megamoe.data.loader.step_loader import StepLoader
 from megamoe.data.order.position import DataState
@@ -55,6 +55,7 @@ PLACES = (None, 0.01, 0.5, 0.99)  # of the third epoch; None: the start of a run
 OPTIONS = ("shards", "samples", "global_batch", "ranks", "workers", "shuffle_shards", "per_sequence", "deviation", "steps")
 GOALS = {"seconds": 2.0, "node_mb": 200.0, "state_kb": 100.0}
 FEW = 10  # shards of the data set that stands for none
+_CASE = ("nodes", "sources", "counts", "when")
 
 
 def main() -> None:
@@ -81,16 +82,16 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=217_000)
-    parser.add_argument("--samples", type=int, default=10_000, help="per shard")
+    parser.add_argument("--samples", type=int, default=10_000, help="Samples per shard.")
     parser.add_argument("--global-batch", type=int, default=4096)
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--sources", type=int, nargs="+", default=[1, 3], help="that the shards are divided into")
-    parser.add_argument("--ranks", type=int, default=8, help="per node")
-    parser.add_argument("--workers", type=int, default=4, help="per rank")
+    parser.add_argument("--sources", type=int, nargs="+", default=[1, 3], help="Sources that share the shards.")
+    parser.add_argument("--ranks", type=int, default=8, help="Ranks per node.")
+    parser.add_argument("--workers", type=int, default=4, help="Workers per rank.")
     parser.add_argument("--shuffle-shards", type=int, default=8)
-    parser.add_argument("--per-sequence", type=float, default=8.0, help="samples that a sequence takes, on average")
-    parser.add_argument("--deviation", type=float, default=0.5, help="standard deviation of that number")
-    parser.add_argument("--steps", type=int, default=20, help="steps located after the first one")
+    parser.add_argument("--per-sequence", type=float, default=8.0, help="Mean number of samples per sequence.")
+    parser.add_argument("--deviation", type=float, default=0.5, help="Standard deviation of the samples per sequence.")
+    parser.add_argument("--steps", type=int, default=20, help="Steps to locate after the first one.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -117,17 +118,17 @@ def _measure(case: Case, place: float | None) -> dict[str, Any]:
 
 @functools.cache
 def _few_shards(case: Case) -> dict[str, float]:
-    """The same of a data set that stands for none."""
+    """Measure a data set so small that it stands for none."""
     return cast(dict[str, float], _alone(_rank, case, None))
 
 
 def _rank(case: Case, state: str | None) -> dict[str, float]:
-    """What a rank does, and its workers, until each lane's first sample is known."""
+    """Measure a rank and its workers until each lane's first sample is known."""
     gc.collect()
     me = psutil.Process()
     before = me.memory_full_info().pss
     started, cpu = time.perf_counter(), time.process_time()
-    settings = DataConfig(train=case.train, workers=case.workers, shuffle_shards=case.shuffle_shards)  # type: ignore[arg-type]
+    settings = DataConfig(train=case.train, workers=case.workers, shuffle_shards=case.shuffle_shards)
     data = open_data_set(settings, INDEX)
     named = time.perf_counter()
     data_fingerprint(data)
@@ -166,7 +167,7 @@ def _rank(case: Case, state: str | None) -> dict[str, float]:
 
 
 def _drifted(case: Case, place: float) -> str:
-    """The saved state of a run that is ``place`` of the third epoch in, on average over its lanes and sources."""
+    """Return the saved state of a run that has read ``place`` of the third epoch, averaged over lanes and sources."""
     total = sum(case.count(0, shard) for shard in range(case.shards // case.sources)) * case.sources
     mean = (2 + place) * total / case.global_batch
     walk = np.random.default_rng(7).normal(0, case.deviation * math.sqrt(mean / case.per_sequence), case.global_batch)
@@ -178,8 +179,8 @@ def _drifted(case: Case, place: float) -> str:
 
 
 def _anchor(case: Case, source: int, least: int) -> Anchor:
-    """That of the window that holds position ``least`` of a source."""
-    # the order itself would go through every window from the beginning, as a run does, which takes minutes here
+    """Return the anchor of the window that holds position ``least`` of a source."""
+    # SampleOrder would walk through every window from the beginning, as a run does, which takes minutes here
     shards = case.shards // case.sources
     counts = np.array([case.count(source, shard) for shard in range(shards)])
     epoch, within = divmod(least, int(counts.sum()))
@@ -191,7 +192,7 @@ def _anchor(case: Case, source: int, least: int) -> Anchor:
 
 
 def _alone(function: Any, *arguments: Any) -> Any:
-    """The result of a function in a fresh process."""
+    """Run a function in a fresh process and return its result."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -203,46 +204,41 @@ def _median(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _name(case: dict[str, Any]) -> str:
+def _name(case: dict[str, Any]) -> list[str]:
     counts = "varying" if case["varying"] else "equal"
     when = "start" if case["place"] is None else f"resume at {case['place']:.0%}"
-    return f"{case['nodes']} | {case['sources']} | {counts} | {when}"
+    return [str(case["nodes"]), str(case["sources"]), counts, when]
 
 
 def _print_times(cases: list[dict[str, Any]]) -> None:
     print("Time to the first sample of every lane (s), and per sample from then on (µs):\n")
-    print(
-        "| nodes | sources | counts | when | names | fingerprint | loader and state | processes and first samples "
-        "| of it: finding them | all | CPU of rank and workers | per sample | windows between first and last lane |"
-    )
-    print("|" + " --- |" * 13)
+    start = ("names", "fingerprint", "loader and state", "processes and first samples", "of it: finding them", "all")
+    after = ("CPU of rank and workers", "per sample", "windows between first and last lane")
+    print(table_head([*_CASE, *start, *after]))
     for case in cases:
         names = ("names", "fingerprint", "loader", "processes", "first", "seconds", "cpu")
         cells = [f"{case[name]:.2f}" for name in names]
-        print(f"| {_name(case)} | {' | '.join(cells)} | {case['us']:.1f} | {case['spread']:.1f} |")
+        print(table_row([*_name(case), *cells, f"{case['us']:.1f}", f"{case['spread']:.1f}"]))
 
 
 def _print_memory(cases: list[dict[str, Any]]) -> None:
-    print("\nMemory of a rank and its processes (MB): in brackets, what of it grows with the data set. Node: all ranks.\n")
-    print(
-        "| nodes | sources | counts | when | rank | server of the workers | workers | node grows by | in all | state (KB) |"
-    )
-    print("|" + " --- |" * 10)
+    print("\nMemory of a rank and its processes (MB); in brackets, what grows with the data set. Node: all ranks.\n")
+    print(table_head([*_CASE, "rank", "server of the workers", "workers", "node grows by", "in all", "state (KB)"]))
     for case in cases:
         parts = [f"{case[f'{name}_mb']:.1f} ({case[f'{name}_growth_mb']:.1f})" for name in ("rank", "server", "workers")]
         cells = [*parts, *(f"{case[name]:.1f}" for name in ("node_mb", "node_total_mb", "state_kb"))]
-        print(f"| {_name(case)} | {' | '.join(cells)} |")
+        print(table_row([*_name(case), *cells]))
 
 
 def _print_goals(cases: list[dict[str, Any]]) -> None:
-    print("\n| goal | worst | met |\n| --- | --- | --- |")
+    print(f"\n{table_head(['goal', 'worst', 'met'])}")
     for name, title in (
         ("seconds", "start and resume (s)"),
         ("node_mb", "memory of a node that grows with the data set (MB)"),
         ("state_kb", "saved state (KB)"),
     ):
         worst = max(case[name] for case in cases)
-        print(f"| {title} <= {GOALS[name]:g} | {worst:.2f} | {'yes' if worst <= GOALS[name] else 'no'} |")
+        print(table_row([f"{title} <= {GOALS[name]:g}", f"{worst:.2f}", "yes" if worst <= GOALS[name] else "no"]))
 
 
 if __name__ == "__main__":

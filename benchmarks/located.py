@@ -1,4 +1,4 @@
-"""What the workers of benchmarks/data_scale.py do: find samples, decode none. Imported by them, so without torch."""
+"""The work of benchmarks/data_scale.py's worker processes: locate samples, decode none. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megamoe.data.shards.storage import Storage
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured."""
+    """What one measurement varies."""
 
     shards: int
     samples: int
@@ -35,7 +35,7 @@ class Case:
 
     @property
     def train(self) -> list[dict[str, Any]]:
-        """The shards, as a user names them: in equal parts, one per source, of weights 1, 2, 3, ..."""
+        """Name the shards as a user does: equal parts, one per source, with weights 1, 2, 3, ..."""
         last = self.shards // self.sources - 1
         return [
             {"shards": f"s3://laion2b-en/part-{number}/{{000000..{last:06d}}}.tar", "weight": number + 1}
@@ -43,23 +43,23 @@ class Case:
         ]
 
     def count(self, source: int, shard: int) -> int:
-        """Samples of a shard: what its index would say."""
+        """Return the samples of a shard, as its index would."""
         if not self.varying:
             return self.samples
         return self.samples // 2 + (shard * 2654435761 % (1 << 32)) % (self.samples + 1)
 
 
 class LocateWork:
-    """Finds the first sample of each lane, and then those of ``case.steps`` steps."""
+    """Locates the first sample of each lane, then those of ``case.steps`` steps."""
 
     def __init__(self, case: Case, data: DataSet, state: DataState) -> None:
         self._case, self._data, self._state = case, data, state
 
     def preload(self) -> None:
-        """What the loader's own work imports."""
+        """Import nothing: the loader's own work would import its packages here."""
 
     def serve(self, worker: int, workers: int, memory: mmap.mmap) -> Iterator[dict[str, Any]]:
-        """Seconds for the first samples; then microseconds for one of the others, and windows from first lane to last."""
+        """Yield the seconds for the first samples, then microseconds per sample and windows from first lane to last."""
         case, cursors = self._case, self._state.cursors
         started = time.perf_counter()
         catalog = Catalog(self._data, Storage())
@@ -87,8 +87,8 @@ class LocateWork:
         seconds = time.perf_counter() - started
         positions = [cursors[lane] * case.global_batch for lane in lanes]
         spread = (max(positions) - min(positions)) / (case.samples * case.shuffle_shards)
-        while True:  # alive as long as its memory is looked at
+        while True:  # stay alive while the memory is measured
             yield {"us": 1e6 * seconds / (case.steps * len(lanes) * taken), "spread": spread}
 
 
-INDEX = Path("index")  # never looked at
+INDEX = Path("index")  # never opened

@@ -1,23 +1,25 @@
-"""What each choice of ``parallel.recompute`` saves and costs: peak memory and step time, beside the prediction.
+"""Measure what each choice of ``parallel.recompute`` saves and costs: peak memory and step time, beside the prediction.
 
     python benchmarks/recompute.py [--nproc 2] [--steps 6] [KEY=VALUE ...]
 
-Trains a model of about 90M parameters (configs/1b.yaml, narrower and shallower) on pictures drawn on the spot, once per
-choice, and prints a Markdown table. The first step is left out of the times.
+Trains a model of about 90M parameters (configs/1b.yaml, narrower and shallower) on generated pictures, once per choice,
+and prints a Markdown table. Step times exclude the first step.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.command import ROOT, run_megamoe
+from megamoe.bench.tables import table_head, table_row
+
 CHOICES = ("none", "block", "offload")
 SMALLER = (
     "model.vision.width=384", "model.vision.depth=6", "model.vision.heads=6", "model.vision.mlp_width=1536",
@@ -36,33 +38,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        _megamoe(
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run_megamoe(
             folder, "data", "synth", "shards", "--samples", "256", "--seed", "0", "--level", "3", "--image-size", "224"
         )
-        _megamoe(folder, "data", "tokenizer", "shards/train", "tokenizer", "--vocab-size", "400")
-        print("| recompute | peak of each rank (GB) | predicted (GB) | step (s) | over none |")
-        print("| --- | --- | --- | --- | --- |")
+        run_megamoe(folder, "data", "tokenizer", "shards/train", "tokenizer", "--vocab-size", "400")
+        print(table_head(["recompute", "peak of each rank (GB)", "predicted (GB)", "step (s)", "over none"]))
         first = None
         for choice in CHOICES:
             settings = [*SMALLER, f"train.steps={arguments.steps}", *arguments.overrides]
             settings += [f"run.name={choice}", f"parallel.recompute={choice}"]
-            _megamoe(folder, "train", str(ROOT / "configs/1b.yaml"), "--nproc", str(arguments.nproc), *settings)
-            run = Path(folder) / "runs" / choice
+            run_megamoe(folder, "train", str(ROOT / "configs/1b.yaml"), "--nproc", str(arguments.nproc), *settings)
+            run = folder / "runs" / choice
             seconds = [json.loads(line)["step_seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
             step = statistics.median(seconds)
             first = first or step
             ranks = json.loads((run / "memory.json").read_text())
             peak, predicted = (", ".join(f"{rank[key] / 1e9:.2f}" for rank in ranks) for key in ("peak", "predicted"))
-            print(f"| {choice} | {peak} | {predicted} | {step:.2f} | {step / first:.2f} |", flush=True)
-
-
-def _megamoe(folder: str, *arguments: str) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "megamoe", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+            print(table_row([choice, peak, predicted, f"{step:.2f}", f"{step / first:.2f}"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""A checkpoint belongs to the model: saved under each layout, gone on from under every other one, compared.
+"""Save a checkpoint under each layout, resume under every other one, and compare.
 
     python -m benchmarks.resume_matrix [--from LAYOUT]... [--to LAYOUT]... [--optimizer sgd|adamw]... [--folder DIR]
 
 For each optimizer and layout a run of ten steps saves at step 5 (fp32, clipping that bites, auxiliary losses on). Every
-pair then goes on from step 5 of one under the other and is held against the undisturbed run of one process: all loss
-parts and the gradient norm to 1e-5 relative, and which sample filled which slot exactly. Under the layout that saved, the
-numbers must be those of its own undisturbed run, bit for bit. Pairs that are done are kept in DIR and not run again.
-Writes docs/resume-matrix.md; exit status 1 if a pair that was run is out of bounds. All of it is 180 short runs.
+pair then resumes from step 5 of one layout under the other, and is compared with the undisturbed run of one process: all
+loss parts and the gradient norm to 1e-5 relative, and exactly which sample filled which slot. Under the layout that saved,
+the numbers must equal those of its own undisturbed run, bit for bit. Finished pairs are kept in DIR and not run again.
+Writes docs/resume-matrix.md; the exit status is 1 if a measured pair is out of bounds. The whole matrix takes 180 short
+runs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megamoe.bench.tables import table_head, table_row
 from tests.training import ROOT, audit, largest_difference, make_data, metrics, small_config, train, write_config
 
 LIMIT = 1e-5
@@ -43,7 +45,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Pair:
-    """Saved under one layout, gone on from under another.
+    """A run that was saved under one layout and resumed under another.
 
     Attributes:
         difference: Largest relative difference to the undisturbed run of one process, and ``where``.
@@ -58,12 +60,12 @@ class Pair:
 
     @property
     def good(self) -> bool:
-        """Whether it is within bounds."""
+        """Return whether the pair is within bounds."""
         return self.difference <= LIMIT and self.same_samples and self.exact is not False
 
 
 def prepare(folder: Path) -> None:
-    """Data and configs; what is there already is not made again."""
+    """Make the data and the configs, unless they exist already."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, optim in OPTIMIZERS.items():
         settings = small_config(train={"steps": LAST}, optim=optim, checkpoint={"every": SAVED, "keep": LAST})
@@ -74,7 +76,7 @@ def prepare(folder: Path) -> None:
 
 
 def measure(folder: Path, optimizer: str, saved: str, resumed: str) -> Pair:
-    """Run what is missing of a pair and compare; the result is kept in ``folder``/pairs."""
+    """Run what is missing of a pair and compare; keep the result in ``folder``/pairs."""
     path = folder / "pairs" / f"{optimizer}-{_name(saved)}-{_name(resumed)}.json"
     if path.exists():
         return Pair(**json.loads(path.read_text()))
@@ -99,7 +101,7 @@ def measure(folder: Path, optimizer: str, saved: str, resumed: str) -> Pair:
 
 
 def write_page(folder: Path, page: Path) -> None:
-    """The table of each optimizer, from all pairs measured so far."""
+    """Write the table of each optimizer from all pairs measured so far."""
     lines = [
         "# Saved under one layout, gone on from under another",
         "",
@@ -110,16 +112,15 @@ def write_page(folder: Path, page: Path) -> None:
         "undisturbed run under the same layout. **Bold**: out of bounds, or other samples. `·`: not run.",
     ]
     for optimizer in OPTIMIZERS:
-        lines += ["", f"## {optimizer}", "", f"| saved \\ gone on | {' | '.join(LAYOUTS)} |"]
-        lines.append("| --- |" + " ---: |" * len(LAYOUTS))
+        lines += ["", f"## {optimizer}", "", table_head(["saved \\ gone on", *LAYOUTS], numbers=True)]
         for saved in LAYOUTS:
             cells = [_cell(folder / "pairs" / f"{optimizer}-{_name(saved)}-{_name(to)}.json") for to in LAYOUTS]
-            lines.append(f"| {saved} | {' | '.join(cells)} |")
+            lines.append(table_row([saved, *cells]))
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    """Measure the pairs asked for and write the page."""
+    """Measure the selected pairs and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     choice: dict[str, Any] = {"action": "append", "choices": list(LAYOUTS)}
     parser.add_argument("--from", dest="saved", **choice, help="layouts that save (default: all)")
@@ -144,7 +145,7 @@ def main() -> None:
 
 
 def _undisturbed(folder: Path, optimizer: str, layout: str) -> Path:
-    """The run of ten steps under a layout, with its checkpoint of step 5; made if it is not there."""
+    """Return the run of ten steps under a layout, with its checkpoint of step 5; train it if it is missing."""
     run = folder / "runs" / f"{optimizer}-{_name(layout)}"
     if not (run / "checkpoints" / f"step-{LAST:08d}").exists():
         shutil.rmtree(run, ignore_errors=True)

@@ -1,17 +1,16 @@
-"""Whether two revisions compute the same: every loss, norm and sample of every step, on three layouts.
+"""Compare two revisions: every loss, norm and sample id of every step, on three layouts.
 
     python -m benchmarks.same_losses REVISION [OTHER] [--steps N] [--config CONFIG] [KEY=VALUE ...]
 
-REVISION and OTHER are git revisions; without OTHER it is the working tree. Each trains the same shards, drawn on the spot,
-on one process, on pipeline 2 x expert 2 and on ZeRO-3 x expert 2. Then OTHER goes on from the checkpoints of REVISION. A
-change that is not to change numbers shows "identical" on every line; the exit status is 1 if one differs.
+REVISION and OTHER are git revisions; OTHER defaults to the working tree. Both train on the same generated shards, on one
+process, on pipeline 2 x expert 2 and on ZeRO-3 x expert 2. Then both resume from the checkpoints of REVISION. A change that
+must not change numbers shows "identical" on every line; the exit status is 1 if a line differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.command import ROOT, run_megamoe
+
 LAYOUTS = {
     "one process": (1, ("parallel.pipeline=1", "parallel.expert=1")),
     "pipeline 2 x expert 2": (4, ("parallel.pipeline=2", "parallel.expert=2")),
@@ -36,7 +36,7 @@ EXACT = ("step", "loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "lr", "to
 
 
 def main() -> None:
-    """Train both, compare, print a line per layout."""
+    """Train both revisions, compare them, and print two lines per layout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("revision")
     parser.add_argument("other", nargs="?")
@@ -49,8 +49,8 @@ def main() -> None:
     with _checkout(arguments.revision) as one, _checkout(arguments.other) as other, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         synth = ("data", "synth", "shards", "--samples", "600", "--seed", "3", "--level", "3", "--image-size", "64")
-        _megamoe(one, folder, *synth, "--shard-size", "70")
-        _megamoe(one, folder, "data", "tokenizer", "shards/train", "tokenizer", "--vocab-size", "400")
+        run_megamoe(folder, *synth, "--shard-size", "70", root=one)
+        run_megamoe(folder, "data", "tokenizer", "shards/train", "tokenizer", "--vocab-size", "400", root=one)
         for number, (layout, (nproc, settings)) in enumerate(LAYOUTS.items()):
             common = [str(arguments.config), "--nproc", str(nproc), *SETTINGS, *settings, *overrides]
             for root, run, steps, resume in (
@@ -59,7 +59,8 @@ def main() -> None:
                 (one, f"one-on-{number}", arguments.steps + 3, f"runs/one-{number}"),
                 (other, f"other-on-{number}", arguments.steps + 3, f"runs/one-{number}"),
             ):
-                _megamoe(root, folder, "train", *common, "--resume", resume, f"run.name={run}", f"train.steps={steps}")
+                settings_of_run = ("--resume", resume, f"run.name={run}", f"train.steps={steps}")
+                run_megamoe(folder, "train", *common, *settings_of_run, root=root)
             for what, first, second in (
                 (f"{layout}, {arguments.steps} steps", f"one-{number}", f"other-{number}"),
                 (f"{layout}, three more steps from the first one's checkpoint", f"one-on-{number}", f"other-on-{number}"),
@@ -72,7 +73,7 @@ def main() -> None:
 
 @contextmanager
 def _checkout(revision: str | None) -> Iterator[Path]:
-    """The files of a revision, for as long as they are needed; None: the working tree."""
+    """Check a revision out for as long as it is needed; None: the working tree."""
     if revision is None:
         yield ROOT
         return
@@ -85,17 +86,8 @@ def _checkout(revision: str | None) -> Iterator[Path]:
             subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", folder], check=True)
 
 
-def _megamoe(root: Path, folder: Path, *arguments: str) -> None:
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "megamoe", *arguments], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    if done.returncode:
-        sys.exit(f"megamoe {' '.join(arguments)}\n{done.stdout}{done.stderr}")
-
-
 def _difference(one: Path, other: Path) -> str | None:
-    """The first thing in which two runs differ; None: nothing."""
+    """Return the first difference of two runs; None if there is none."""
     rows, others = _lines(one / "metrics.jsonl"), _lines(other / "metrics.jsonl")
     if len(rows) != len(others):
         return f"{len(rows)} and {len(others)} steps"

@@ -1,20 +1,20 @@
-"""How well the order of samples mixes a sorted set, beside WebDataset's buffer and a perfect shuffle.
+"""Measure how well the sample order mixes a sorted set, beside WebDataset's buffer and a perfect shuffle.
 
     python benchmarks/shuffle.py [--shards 256] [--samples 4000] [--batch 256] [--ranks 8] [--figure FILE] [--json FILE]
 
-One epoch of a set of ``--shards`` x ``--samples`` samples goes through ``SampleOrder`` with several
-values of ``data.shuffle_shards``, through WebDataset's own stages (``shardshuffle=100`` and ``.shuffle(n)``, as its
-documentation uses them) over a source that yields numbers in place of samples, and through a random permutation. Our
-order is the same on any number of ranks. With WebDataset each rank reads shards of its own, so its global batch mixes
-better on more ranks: it is measured on one, and on ``--ranks`` that give an equal part of each batch. The set is sorted
-in the two worst ways: each shard is a class of its own, and the samples are sorted by class with classes that are
-smaller than a shard (``--classes`` of them). Columns of the table:
+One epoch of ``--shards`` x ``--samples`` samples goes through ``SampleOrder`` with several values of
+``data.shuffle_shards``, through WebDataset's own stages (``shardshuffle=100`` and ``.shuffle(n)``, as in its documentation)
+over a source that yields numbers instead of samples, and through a random permutation. Our order is the same on any number
+of ranks. With WebDataset each rank reads its own shards, so more ranks mix a global batch better: it is measured on one
+rank, and on ``--ranks`` ranks that contribute equal parts of each batch. The set is sorted in the two worst ways: each
+shard is a class of its own, or the samples are sorted into ``--classes`` classes smaller than a shard. Columns of the
+table:
 
-- *moved*: distance between a sample's place in the listing and in the order, mean, as a share of the set (perfect: 1/3);
-- *classes per batch*: distinct classes in a batch, as a share of what a perfect shuffle is expected to have;
-- *worst tenth*: the same, mean of the tenth of the batches that have the fewest;
-- *shard in use*: the longest stretch of the order between the first and the last sample of one shard, in shards. So
-  long a reader needs that shard. With our order it is never longer than a window: that is checked.
+- *moved*: mean distance between a sample's place in the listing and in the order, as a share of the set (perfect: 1/3);
+- *classes per batch*: distinct classes in a batch, as a share of the number that a perfect shuffle is expected to have;
+- *worst tenth*: the same, averaged over the tenth of the batches with the fewest classes;
+- *shard in use*: the longest stretch of the order between the first and the last sample of one shard, in shards: how long
+  a reader needs that shard. The script checks that in our order it never exceeds a window.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ import webdataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megamoe.bench.tables import table_head, table_row
 from megamoe.data.order.sample_order import SampleOrder
 
 WINDOWS = (1, 2, 4, 8, 16, 32)
 BUFFERS = (1000, 10_000)
-SHARD_BUFFER = 100  # what WebDataset takes for shardshuffle=True
+SHARD_BUFFER = 100  # WebDataset's value for shardshuffle=True
 SHOWN = (  # in the upper row of the figure
     "WebDataset, buffer of 1,000", "WebDataset, buffer of 10,000", "MegaMoE, 8 shards", "MegaMoE, 32 shards",
     "perfect shuffle",
@@ -48,18 +49,18 @@ Order = npt.NDArray[np.int64]  # numbers of the samples in the listing, in the o
 
 
 def main() -> None:
-    """Measure every order, print the table, draw the figure."""
+    """Measure every order, print the table, and draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=256)
-    parser.add_argument("--samples", type=int, default=4000, help="per shard")
-    parser.add_argument("--classes", type=int, default=1000, help="of the set that is sorted by sample")
+    parser.add_argument("--samples", type=int, default=4000, help="Samples per shard.")
+    parser.add_argument("--classes", type=int, default=1000, help="Classes of the set that is sorted by sample.")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--ranks", type=int, default=8, help="that share a batch")
+    parser.add_argument("--ranks", type=int, default=8, help="Ranks that share a batch.")
     parser.add_argument("--figure", type=Path, default=Path(__file__).resolve().parent.parent / "docs/images/shuffle.png")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.batch % arguments.ranks or arguments.shards % arguments.ranks:
-        parser.error(f"--ranks {arguments.ranks}: does not divide --batch and --shards, but each rank has an equal part")
+        parser.error(f"--ranks {arguments.ranks}: must divide --batch and --shards, because each rank gets an equal part")
     shards, samples = arguments.shards, arguments.samples
     total = shards * samples
     listing = np.arange(total)
@@ -75,11 +76,8 @@ def main() -> None:
     orders["perfect shuffle"] = lambda: np.random.default_rng(SEED).permutation(total)
 
     print(f"{shards} shards of {samples:,} samples, batches of {arguments.batch}, one epoch.\n")
-    print(
-        "| order | moved | classes per batch, sorted by shard | worst tenth "
-        "| classes per batch, sorted by sample | worst tenth | shard in use (shards) |"
-    )
-    print("|" + " --- |" * 7)
+    mixing = [column for kind in labels for column in (f"classes per batch, sorted by {kind}", "worst tenth")]
+    print(table_head(["order", "moved", *mixing, "shard in use (shards)"]))
     figures: dict[str, dict[str, float]] = {}
     shown: dict[str, Order] = {}
     for name, make in orders.items():
@@ -90,7 +88,7 @@ def main() -> None:
         bound = windows.get(name)
         assert bound is None or measured["shard_in_use"] <= bound, f"{name}: a shard is needed for longer than a window"
         shares = [f"{measured[f'{kind}_{what}']:.1%}" for kind in labels for what in ("classes", "worst")]
-        print(f"| {name} | {measured['moved']:.1%} | {' | '.join(shares)} | {measured['shard_in_use']:.1f} |", flush=True)
+        print(table_row([name, f"{measured['moved']:.1%}", *shares, f"{measured['shard_in_use']:.1f}"]), flush=True)
     draw(figures, shown, total, arguments.figure)
     if arguments.json:
         setting = {name: getattr(arguments, name) for name in ("shards", "samples", "classes", "batch")}
@@ -98,16 +96,16 @@ def main() -> None:
 
 
 def our_order(shards: int, samples: int, window: int) -> Order:
-    """The first epoch of one source."""
+    """Return our order of one source's first epoch."""
     order = SampleOrder([shards], [1.0], lambda *_: samples, seed=SEED, lanes=1, shuffle_shards=window)
     refs = (order.locate(0, k) for k in range(shards * samples))
     return np.fromiter((ref.shard * samples + ref.sample for ref in refs), np.int64, shards * samples)
 
 
 def webdataset_order(shards: int, samples: int, buffer: int, ranks: int, batch: int) -> Order:
-    """The stages of ``WebDataset(urls, shardshuffle=100).shuffle(buffer)``, numbers in place of tar files.
+    """Return the order of ``WebDataset(urls, shardshuffle=100).shuffle(buffer)``, with numbers instead of tar files.
 
-    Each of the ranks reads its own part of the shards and gives its part of each batch.
+    Each rank reads its own part of the shards and contributes its part of each batch.
     """
 
     def read(shard_list: Iterable[dict[str, str]]) -> Iterator[int]:
@@ -130,7 +128,7 @@ def webdataset_order(shards: int, samples: int, buffer: int, ranks: int, batch: 
 
 
 def measure(order: Order, samples: int, labels: dict[str, Order], batch: int) -> dict[str, float]:
-    """The columns of the table, as shares."""
+    """Return the columns of the table, as shares."""
     total = len(order)
     places = np.empty(total, dtype=np.int64)
     places[order] = np.arange(total)
@@ -148,7 +146,7 @@ def measure(order: Order, samples: int, labels: dict[str, Order], batch: int) ->
 
 
 def expected_classes(labels: Order, batch: int) -> float:
-    """Distinct classes to be expected among ``batch`` samples drawn without replacement."""
+    """Return the expected number of distinct classes among ``batch`` samples drawn without replacement."""
     total = len(labels)
     sizes = np.bincount(labels).astype(np.float64)
     absent = np.ones_like(sizes)  # probability that no sample of the class is drawn
@@ -158,7 +156,7 @@ def expected_classes(labels: Order, batch: int) -> float:
 
 
 def draw(figures: dict[str, dict[str, float]], shown: dict[str, Order], total: int, file: Path) -> None:
-    """Where samples go under some of the orders, and the classes per batch under all of them."""
+    """Draw where samples go under some of the orders, and the classes per batch under all of them."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -55,7 +55,7 @@ def build(config: Config, device: torch.device) -> TrainEngine:
 
 def set_recompute(engine: TrainEngine, mode: str) -> None:
     """Change ``parallel.recompute`` of an engine that is built."""
-    module = engine.deepspeed.module
+    module = engine.module
     for layer in [each for each in module.modules() if isinstance(each, BlockLayer)]:
         layer.run = call_block
         vars(layer.block).pop("forward", None)  # what fairscale has put there

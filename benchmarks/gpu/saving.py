@@ -31,7 +31,7 @@ def measure(context: Context) -> None:
     try:
         with joined_world() as device:
             engine = build(config, device)
-            checkpointer = Checkpointer(config, engine)
+            checkpointer = Checkpointer(config.run.folder, config.checkpoint, config.optim, engine)
             done = 0
 
             def step() -> None:

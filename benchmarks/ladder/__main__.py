@@ -99,7 +99,7 @@ def run_under(place: Path, faults: Sequence[str], seed: int) -> tuple[list[Recov
 
 def as_text(found: Sequence[Recovered]) -> str:
     """A table: a row for each failure and the recovery from it."""
-    rows = [HEADER]
+    rows: list[tuple[str, ...]] = [HEADER]
     for fault, kind in dict.fromkeys((each.fault, each.kind) for each in found):
         of_kind = [each for each in found if (each.fault, each.kind) == (fault, kind)]
         times = [each.seconds for each in of_kind], [each.seconds - each.cluster for each in of_kind]

@@ -1,4 +1,4 @@
-"""What no loader of this many processes can pass: each decodes JPEGs that it holds in memory, over and over.
+"""Measure the limit of any loader with this many processes: each decodes JPEGs from memory, over and over.
 
 python -m peers.decode_limit --pictures FOLDER [--workers 2] [--batch 64] [--seconds 20]
 """
@@ -21,7 +21,7 @@ _together: Barrier  # set in each process
 
 
 def main() -> None:
-    """Print one line of JSON with the samples per second of all processes together."""
+    """Print one line of JSON: the samples per second of all processes together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2)

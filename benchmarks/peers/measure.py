@@ -1,6 +1,6 @@
-"""What is measured of every loader, in a process of its own; run as ``python -m peers.NAME PHASE ...`` from benchmarks/.
+"""Measure one loader, in a process of its own; run as ``python -m peers.NAME PHASE ...`` from benchmarks/.
 
-Phases, each of which prints one line of JSON at the end:
+This module must not import megamoe: it runs in the peers' environments. Each phase prints one line of JSON at the end:
 
 - ``prepare``: make the loader's own format from the JPEGs;
 - ``rate``: time to the first batch, then samples per second over ``--seconds`` (new epochs included), then memory;
@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 SIDE = 224
-WARM = 10  # batches before the clock of ``rate`` starts
+WARM = 10  # batches before ``rate`` starts its clock
 
 Item = tuple[Tensor, str, str]  # uint8 (224, 224, 3), key, caption
 Batch = tuple[Tensor, list[str], list[str]]
@@ -39,7 +39,7 @@ Batch = tuple[Tensor, list[str], list[str]]
 
 @dataclass(frozen=True)
 class Setting:
-    """How a loader is to be opened. ``data``: its own format; ``decoder``: pillow or simplejpeg."""
+    """How to open a loader. ``data``: the loader's own format; ``decoder``: pillow or simplejpeg."""
 
     data: Path
     workers: int
@@ -49,25 +49,25 @@ class Setting:
 
 
 class Loader(ABC):
-    """A loader of a library as its documentation says to use it; endless, epoch after epoch, shuffled."""
+    """A library's loader, used as its documentation says: endless, epoch after epoch, shuffled."""
 
     resumable = True
 
     @abstractmethod
     def __init__(self, setting: Setting, state: Any) -> None:
-        """Open it, from ``state`` on if that is not None."""
+        """Open the loader, and resume from ``state`` if that is not None."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[tuple[Tensor, list[str]]]:
-        """Pixels uint8 (batch, 224, 224, 3) and the keys of the samples; the last batch of an epoch may be smaller."""
+        """Yield pixels uint8 (batch, 224, 224, 3) and sample keys; the last batch of an epoch may be smaller."""
 
     def state(self) -> Any:
-        """Where it is, to be pickled."""
+        """Return the current position, for pickling."""
         raise NotImplementedError
 
 
 def run(prepare: Callable[[Sequence[Path], Path], None], loader: type[Loader]) -> None:
-    """Do the phase that the command line names."""
+    """Run the phase that the command line names."""
     parser = argparse.ArgumentParser()
     parser.add_argument("phase", choices=["prepare", "rate", "stop", "resume"])
     parser.add_argument("--pictures", type=Path, required=True)
@@ -105,22 +105,22 @@ def run(prepare: Callable[[Sequence[Path], Path], None], loader: type[Loader]) -
         seconds = time.perf_counter() - start
         result = {"resume_seconds": seconds, "keys": first + _keys(iterator, setting, batches - batches // 2 - 1)}
     print(json.dumps(result), flush=True)
-    os._exit(0)  # some loaders' threads and workers do not end by themselves in the middle of an epoch
+    os._exit(0)  # some loaders' threads and workers do not end by themselves in mid-epoch
 
 
 def collate(items: Sequence[Item]) -> Batch:
-    """One tensor of the pictures, lists of the rest."""
+    """Stack the pictures into one tensor, and list the rest."""
     return torch.stack([item[0] for item in items]), [item[1] for item in items], [item[2] for item in items]
 
 
 def with_pillow(jpeg: bytes) -> Tensor:
-    """uint8 (224, 224, 3)."""
+    """Decode to uint8 (224, 224, 3)."""
     with Image.open(BytesIO(jpeg)) as image:
         return _tensor(np.array(image.convert("RGB")))
 
 
 def with_simplejpeg(jpeg: bytes) -> Tensor:
-    """uint8 (224, 224, 3)."""
+    """Decode to uint8 (224, 224, 3)."""
     return _tensor(simplejpeg.decode_jpeg(jpeg, colorspace="RGB"))
 
 
@@ -155,7 +155,7 @@ def _keys(iterator: Iterator[tuple[Tensor, list[str]]], setting: Setting, batche
 
 
 def _memory() -> dict[str, float]:
-    """MB of this process and all that it started; ``pss`` shares each page out among those that have it."""
+    """Return MB of this process and its descendants; ``pss`` divides each shared page among its users."""
     main = psutil.Process()
     others = main.children(recursive=True)
     infos = [process.memory_full_info() for process in (main, *others)]

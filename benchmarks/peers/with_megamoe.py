@@ -10,7 +10,8 @@ from peers.measure import Loader, Setting, run
 from peers.pictures import read_pictures, write_tars
 from torch import Tensor
 
-from megamoe.config.schema import DataConfig, VisionConfig
+from megamoe.config.data import DataConfig
+from megamoe.config.model import VisionConfig
 from megamoe.data.loader.step_loader import StepLoader
 from megamoe.data.order.position import DataState
 from megamoe.data.sample.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 
 from launcher.elastic.control_server import Node
 from launcher.workers.run_progress import RunState
-from megamoe.config.schema import LaunchConfig
+from megamoe.config.launch import LaunchConfig
 
 
 def choose_nodes(there: Collection[Node], before: Sequence[str], size: int) -> list[Node]:

@@ -21,7 +21,7 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 from launcher.health.links import Links, slow_links
-from megamoe.config.schema import HealthConfig
+from megamoe.config.launch import HealthConfig
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,7 @@ from launcher.health.links import GBIT, Links, link_problems
 from launcher.health.node import Problem
 from launcher.workers.placement import Place
 from launcher.workers.rank_group import POLL
-from megamoe.config.schema import LaunchConfig
+from megamoe.config.launch import LaunchConfig
 
 MEETING = 15.0  # seconds to come to a meeting, for which nothing has to be started
 LOOKING = 2 * gpus.SECONDS  # seconds for what a node looks at by itself, once more if it does not like it

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from megamoe.config.schema import LaunchConfig
+from megamoe.config.launch import LaunchConfig
 
 SECONDS = 30.0  # nvidia-smi takes seconds on a node with eight GPUs, and for ever on one whose driver hangs
 MIB = 1 << 20

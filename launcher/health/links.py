@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from launcher.health.node import Problem
-from megamoe.config.schema import HealthConfig
+from megamoe.config.launch import HealthConfig
 
 GBIT = 1e9 / 8  # bytes per second
 MOST = 4  # if more than one node in so many looks slow, it is the network and no node

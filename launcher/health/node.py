@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 
 from launcher.health.gpus import GIB, Finding, Query, gpu_findings, query
-from megamoe.config.schema import Config, LaunchConfig
+from megamoe.config.launch import LaunchConfig
+from megamoe.config.schema import Config
 from megamoe.model.size import model_size
 
 CGROUPS = Path("/sys/fs/cgroup")

@@ -16,7 +16,7 @@ from launcher.workers.rank_group import POLL
 from launcher.workers.run_progress import Restarts, run_state
 from launcher.workers.stop import asked_to_stop, stop_ranks, stop_status
 from launcher.workers.suspended import AllStopped
-from megamoe.config.schema import LaunchConfig
+from megamoe.config.launch import LaunchConfig
 from megamoe.core.exit_status import HUNG
 
 

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from megamoe.config.schema import Config, LaunchConfig, SlurmConfig
+from megamoe.config.launch import LaunchConfig, SlurmConfig
+from megamoe.config.schema import Config
 from megamoe.core.errors import UserError
 
 Options = list[tuple[str, list[str]]]  # a reason, and the options of sbatch that it is the reason of

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from launcher.slurm import durations
 from launcher.slurm.tools import outside_job, records, slurm
-from megamoe.config.schema import Config, LaunchConfig
+from megamoe.config.launch import LaunchConfig
+from megamoe.config.schema import Config
 from megamoe.core.errors import UserError
 
 # What SLURM says, and the settings that it means.

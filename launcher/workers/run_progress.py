@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launcher.workers.ending import how
 from launcher.workers.output import Terminal
-from megamoe.config.schema import LaunchConfig
+from megamoe.config.launch import LaunchConfig
 from megamoe.core.exit_status import FAILED, NO_PROGRESS, REQUEST_IS_WRONG
 
 _TAIL = 1 << 20  # bytes; the last record of metrics.jsonl is in them

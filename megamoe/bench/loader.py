@@ -1,12 +1,12 @@
-"""`megamoe bench data`: our loader beside webdataset, and both beside what the cores can decode, on the same tars.
+"""`megamoe bench data`: compare our loader with webdataset, and both with what the cores can decode, on the same tars.
 
-All readers use two processes and give the training process pixels and captions; ours also makes token ids and packs
-sequences. Rounds of the readers alternate, and each figure is the median of its rounds, so that what else the machine
-does falls on all alike.
+All readers use two processes and hand pixels and captions to the training process; ours also makes token ids and packs
+sequences. Rounds of the readers alternate, and each figure is the median of its rounds, so that other load on the machine
+affects all alike.
 
-Two limits are measured beside them. ``decode_limit`` only decodes, from memory to memory. ``shared_limit`` does what no
-loader with worker processes can do without: it reads each picture from its tar, in random order, and decodes it into
-memory that another process sees. It makes no order, no index, no captions, no batches, so no such loader can pass it.
+Two limits are measured as well. ``decode_limit`` only decodes, from memory to memory. ``shared_limit`` does what every
+loader with worker processes has to do: it reads each picture from its tar, in random order, and decodes it into memory that
+another process sees. It makes no order, index, captions or batches, so no such loader can exceed it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from megamoe.bench.pictures import SIDE, caption, write_shards
-from megamoe.config.schema import DataConfig, VisionConfig
+from megamoe.config.data import DataConfig
+from megamoe.config.model import VisionConfig
 from megamoe.data.loader.step_loader import StepLoader
 from megamoe.data.sample.decode import decode_image
 from megamoe.data.sample.tokenizer import Tokenizer
@@ -45,8 +46,8 @@ Decode = Callable[[bytes], torch.Tensor]
 PROCESSES = 2
 _IN_SEQUENCE = 8
 _BATCH = 64
-_RING = 5  # batches in memory at a time, as many as our loader has of its own
-_WARM_UP = 8  # batches that are not counted: by then each of the ring has been touched and each shard opened
+_RING = 5  # batches in memory at a time, as many as our loader keeps
+_WARM_UP = 8  # batches not counted: after them every batch of the ring was touched and every shard opened
 _PASSES = 3  # over the shards, so that a round takes seconds
 
 
@@ -54,10 +55,10 @@ def bench_data(folder: Path, samples: int = 8000, rounds: int = 3, side: int = S
     """Measure and return all figures, by name.
 
     Args:
-        folder: where the shards are made, or lie from the last time.
-        samples: pictures of an epoch, of which each round reads about two; 224x224 JPEGs have about 27 KB.
-        rounds: of each reader; the first of all is not counted.
-        side: of the pictures in pixels. All readers give them at 224x224.
+        folder: Where the shards are made; existing ones are reused.
+        samples: Pictures of an epoch; each round reads about two epochs. 224x224 JPEGs have about 27 KB.
+        rounds: Timed rounds per reader, after one warm-up round.
+        side: Side of the pictures in pixels. All readers return them at 224x224.
 
     Returns:
         ``samples_per_second`` by reader, and the ratios: ``ratio_webdataset`` (ours over webdataset with Pillow),
@@ -113,7 +114,7 @@ def _ours(dataset: DataSet, tokenizer: Tokenizer, samples: int) -> float:
 
 
 def _webdataset(shards: list[Path], decode: Decode, samples: int) -> float:
-    """As open_clip builds it: shards and samples shuffled, decoded and put into batches by the workers."""
+    """Read as open_clip does: workers shuffle shards and samples, decode, and make batches."""
     stages = [
         webdataset.SimpleShardList([str(shard) for shard in shards] * _PASSES),
         webdataset.shuffle(100),
@@ -130,20 +131,20 @@ def _webdataset(shards: list[Path], decode: Decode, samples: int) -> float:
 
 
 def _limit(shards: list[Path], work: Callable[[list[Path]], float]) -> float:
-    """Pictures a second of two processes, each with some of the shards."""
+    """Return the pictures per second of two processes that share the shards."""
     with get_context("forkserver").Pool(PROCESSES) as pool:
         return sum(pool.map(work, [shards[process::PROCESSES] for process in range(PROCESSES)], chunksize=1))
 
 
 def _decode_all(shards: list[Path]) -> float:
-    """Bytes in memory, decoded into one batch over and over."""
+    """Decode bytes in memory into one batch, over and over."""
     storage = Storage()
     pictures = [storage.read(str(shard), [extent])[0] for shard, extent in _extents(shards)]
     return _decode_each(pictures.__getitem__, len(pictures), np.zeros((_BATCH, SIDE, SIDE, 3), dtype=np.uint8))
 
 
 def _read_all(shards: list[Path]) -> float:
-    """Bytes read one by one at random places of the tars, decoded into as much shared memory as ours uses."""
+    """Read bytes at random places of the tars and decode them into as much shared memory as our loader uses."""
     files = {shard: os.open(shard, os.O_RDONLY) for shard in shards}
     places = [(files[shard], extent.size, extent.offset) for shard, extent in _extents(shards)]
     random = [places[i] for i in np.random.Generator(np.random.Philox(key=0)).permutation(len(places))]
@@ -158,7 +159,7 @@ def _extents(shards: list[Path]) -> list[tuple[Path, Extent]]:
 
 
 def _decode_each(picture: Callable[[int], Any], pictures: int, batch: npt.NDArray[np.uint8]) -> float:
-    """Pictures a second, after a warm-up that writes all of ``batch`` once."""
+    """Return the pictures per second, after a warm-up that writes all of ``batch`` once."""
     for i in range(len(batch)):
         decode_image(picture(i % pictures), SIDE, batch[i])
     started = time.perf_counter()
@@ -168,7 +169,7 @@ def _decode_each(picture: Callable[[int], Any], pictures: int, batch: npt.NDArra
 
 
 def _rate(counts: Iterator[int], samples: int) -> float:
-    """Samples per second after the warm-up, over most of the passes."""
+    """Return the samples per second after the warm-up, over most of the passes."""
     for _ in range(_WARM_UP):
         next(counts)
     started, seen = time.perf_counter(), 0

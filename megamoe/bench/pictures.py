@@ -1,4 +1,4 @@
-"""Pictures for benchmarks: as many bytes and as much to decode as photographs, the same for the same seed."""
+"""Draw pictures for benchmarks: as many bytes and as much work to decode as photographs, the same on every machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WORDS = (
 
 
 def picture(number: int, side: int = SIDE) -> npt.NDArray[np.uint8]:
-    """Smooth colours with edges and grain, uint8 (side, side, 3); as JPEG of quality 95 (4:2:0) 27 KB at 224 pixels."""
+    """Draw smooth colours with edges and grain, uint8 (side, side, 3)."""
     rng = np.random.Generator(np.random.Philox(key=number))
     coarse = rng.random((3, 8, 8))
     grid = np.linspace(0, 7, side)
@@ -37,13 +37,19 @@ def picture(number: int, side: int = SIDE) -> npt.NDArray[np.uint8]:
 
 
 def caption(number: int) -> str:
-    """Ten words."""
+    """Return a caption of ten words."""
     rng = np.random.Generator(np.random.Philox(key=number + (1 << 40)))
     return " ".join(_WORDS[i] for i in rng.integers(0, len(_WORDS), 10))
 
 
+def jpeg(number: int, side: int = SIDE) -> bytes:
+    """Encode a picture as JPEG of quality 95 (4:2:0): 27 KB at 224 pixels."""
+    encoded: bytes = simplejpeg.encode_jpeg(picture(number, side), quality=95, colorsubsampling="420")
+    return encoded
+
+
 def write_shards(folder: Path, samples: int, per_shard: int = 1000, side: int = SIDE) -> list[Path]:
-    """LAION-style tars (KEY.jpg, KEY.txt) in ``folder``; those that are there already are used again."""
+    """Write LAION-style tars (KEY.jpg, KEY.txt) into ``folder``, unless they exist already."""
     shards = []
     for number, first in enumerate(range(0, samples, per_shard)):
         shard = folder / f"{number:05d}.tar"
@@ -52,6 +58,5 @@ def write_shards(folder: Path, samples: int, per_shard: int = 1000, side: int = 
             continue
         with atomic_file(shard) as file, TarWriter(file, encoder=False, mtime=0) as tar:
             for i in range(first, min(first + per_shard, samples)):
-                jpg = simplejpeg.encode_jpeg(picture(i, side), quality=95, colorsubsampling="420")
-                tar.write({"__key__": f"{i:09d}", "jpg": jpg, "txt": caption(i).encode()})
+                tar.write({"__key__": f"{i:09d}", "jpg": jpeg(i, side), "txt": caption(i).encode()})
     return shards

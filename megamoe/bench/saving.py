@@ -1,8 +1,8 @@
-"""`megamoe bench checkpoint`: saving and loading beside DeepSpeed's own, plain DCP and plain ``torch.save``.
+"""`megamoe bench checkpoint`: compare saving and loading with DeepSpeed's own, plain DCP and plain ``torch.save``.
 
-All of them write the same fp32 weights and moments of one engine that has just trained (DeepSpeed writes the weights once
-more), bring them to the disk, and read them back from there, not from memory. Rounds alternate, and each figure is the
-median of its rounds, so that what else the machine does falls on all alike.
+All of them write the same main parameters and moments (fp32) of one engine that has just trained, flush them to the disk,
+and read them back from the disk, not from memory. DeepSpeed writes the weights a second time. Rounds alternate, and each
+figure is the median of its rounds, so that other load on the machine affects all alike.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.workers.processes import local_environments
+from megamoe.bench.tables import table_head, table_row
 from megamoe.config import load_config
 from megamoe.core.errors import UserError
 from megamoe.parallel.layout import plan_layout
@@ -25,20 +26,20 @@ def bench_checkpoint(config: Path, overrides: Sequence[str], ranks: int, folder:
     """Measure and return all figures, by name.
 
     Args:
-        config: the model, its layout and its batch; no data is read.
+        config: The model, its layout and its batch; no data is read.
         overrides: ``KEY=VALUE``.
-        ranks: processes on this machine.
-        folder: where the checkpoints are written, and deleted again: on the file system that is to be measured.
-        rounds: of each; the first of all is not counted.
+        ranks: Processes on this machine.
+        folder: Where checkpoints are written and deleted again: on the file system to be measured.
+        rounds: Timed rounds of each method, after one warm-up round.
 
     Returns:
         ``bytes`` of our checkpoint, ``step_seconds``, ``save_seconds`` and ``load_seconds`` by name, ``stall_seconds``
-        (how long the training stands for a save in the background: ``ours`` and ``dcp``), and the ratios:
+        (how long training pauses for a save in the background: ``ours`` and ``dcp``), and the ratios:
         ``ratio_torch_save``, ``ratio_dcp_save``, ``ratio_deepspeed_save`` (our speed over theirs), the same with
         ``load``, and ``stall_fraction_of_step``.
 
     Raises:
-        UserError: the layout cannot be, or a rank failed; it has said why.
+        UserError: the layout is impossible, or a rank failed and has printed why.
     """
     layout = plan_layout(load_config(config, overrides), ranks)
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,13 +68,13 @@ def bench_checkpoint(config: Path, overrides: Sequence[str], ranks: int, folder:
 
 
 def as_table(figures: dict[str, Any]) -> str:
-    """The figures as they stand in docs/benchmarks.md."""
+    """Format the figures as in docs/benchmarks.md."""
     size = figures["bytes"] / 1e6
+    columns = [column for kind in ("save", "load") for column in (f"{kind} (s)", "MB/s", "ours over it")]
     lines = [
         f"{figures['ranks']} ranks ({figures['layout']}), {size:,.1f} MB, {figures['step_seconds']:.3f} s a step",
         "",
-        "| | save (s) | MB/s | ours over it | load (s) | MB/s | ours over it | stall of a save beside training (s) |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        table_head(["", *columns, "stall of a save beside training (s)"]),
     ]
     for name, label in (("ours", "ours"), ("torch", "torch.save"), ("dcp", "DCP"), ("deepspeed", "DeepSpeed")):
         cells = [label]
@@ -83,6 +84,6 @@ def as_table(figures: dict[str, Any]) -> str:
             cells.append("" if ratio is None else f"{ratio:.2f}")
         stall = figures["stall_seconds"].get(name)
         cells.append("" if stall is None else f"{stall:.4f}")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(table_row(cells))
     lines += ["", f"stall_fraction_of_step {figures['stall_fraction_of_step']:.3f}"]
     return "\n".join(lines)

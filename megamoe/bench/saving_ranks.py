@@ -1,9 +1,7 @@
-"""A rank of `megamoe bench checkpoint`: python -m megamoe.bench.saving_ranks CONFIG FOLDER ROUNDS [KEY=VALUE]..."""
+"""Run one rank of `megamoe bench checkpoint`: python -m megamoe.bench.saving_ranks CONFIG FOLDER ROUNDS [KEY=VALUE]..."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -11,7 +9,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from megamoe.core.packed_batch import empty_text, write_sample
 from megamoe.metrics.counters import Counters
 from megamoe.parallel.deepspeed.engine import MicroBatch, TrainEngine
 from megamoe.parallel.deepspeed.main_parameters import owned_pieces
+from megamoe.parallel.deepspeed.own_checkpoint import load_own_checkpoint, save_own_checkpoint
 from megamoe.parallel.deepspeed.process_group import joined_world
 from megamoe.parallel.layout import plan_layout
 
@@ -46,7 +45,7 @@ class Bench:
         self.config, self.folder, self.rank = config, folder, dist.get_rank()
         self.layout = plan_layout(config, dist.get_world_size())
         self.engine = TrainEngine(config, self.layout, _IMAGE, device)
-        self.checkpointer = Checkpointer(config, self.engine)
+        self.checkpointer = Checkpointer(config.run.folder, config.checkpoint, config.optim, self.engine)
         self.batches = _random_batches(config, self.layout.accumulation) if self.engine.loads_data else []
         # Collectives of DCP's own thread must not meet those of the training.
         self.background = dist.new_group(backend="gloo")
@@ -59,17 +58,17 @@ class Bench:
         self.engine.step(self.batches, self.config.train.global_batch, 1e-5)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What this rank owns, in the optimizer's memory."""
+        """Return what this rank owns, as views into the optimizer's memory."""
         pieces = owned_pieces(self.engine, self.checkpointer.moments)
         return {f"{piece.name}@{piece.start}": piece.data for piece in pieces}
 
     def run(self, rounds: int) -> dict[str, Any]:
-        """All figures; the first round is not counted."""
+        """Measure all figures; the first round warms up and is not counted."""
         self.step()
         for _ in range(_STEPS):
             self._timed("step", self.step)
         size, failures = 0, {}
-        # torch.save would write, for each view, all of the memory that it is a view into.
+        # For each view torch.save would write the whole buffer behind it.
         self._copies = {name: tensor.clone() for name, tensor in self.tensors().items()}
         for _ in range(rounds + 1):
             for name, save, load in (
@@ -104,7 +103,7 @@ class Bench:
         }
 
     def _timed(self, name: str, work: Callable[[], object]) -> None:
-        """Until the last rank is done, on rank 0's clock."""
+        """Time ``work`` until the last rank is done, on this rank's clock."""
         dist.barrier()
         started = time.perf_counter()
         work()
@@ -112,14 +111,14 @@ class Bench:
         self.seconds[name].append(time.perf_counter() - started)
 
     def _stalls(self) -> None:
-        """How long the training threads stand, at the slowest rank, for a save that goes on beside steps."""
+        """Measure how long training pauses, at the slowest rank, for a save that runs beside steps."""
         stalls = {}
         self.step()
-        stood = _clock(lambda: self.checkpointer.save(self._state(), None))
+        paused = _clock(lambda: self.checkpointer.save(self._state(), None))
         while self.checkpointer.busy:
             self.step()
-            stood += _clock(self.checkpointer.poll)
-        stalls["ours"] = stood
+            paused += _clock(self.checkpointer.poll)
+        stalls["ours"] = paused
         self._remove(self.folder / "ours")
         self.step()
         path, tensors = self.folder / "dcp", self._of_this_rank()
@@ -162,29 +161,17 @@ class Bench:
         dcp_load(self._of_this_rank(), storage_reader=FileSystemReader(path))
 
     def _deepspeed_save(self, path: Path) -> None:
-        with self._without_experts():
-            self.engine.deepspeed.save_checkpoint(str(path), tag="bench")
+        save_own_checkpoint(self.engine, path)
         dist.barrier()
         for file in sorted(path.rglob("*"))[self.rank :: dist.get_world_size()]:
             if file.is_file():
                 _sync(file)
 
     def _deepspeed_load(self, path: Path) -> None:
-        with self._without_experts():
-            self.engine.deepspeed.load_checkpoint(str(path), tag="bench")
-
-    @contextlib.contextmanager
-    def _without_experts(self) -> Iterator[None]:
-        """DeepSpeed 0.19.8 saves experts of its own classes only. As if dense, each rank writes and reads what it owns."""
-        before, self.engine.deepspeed.has_moe_layers = self.engine.deepspeed.has_moe_layers, False
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                yield
-        finally:
-            self.engine.deepspeed.has_moe_layers = before
+        load_own_checkpoint(self.engine, path)
 
     def _of_this_rank(self) -> dict[str, Tensor]:
-        """Plain DCP knows no ranges of flattened tensors: each piece under a name of its own."""
+        """Name each piece after its rank: plain DCP does not know ranges of flattened tensors."""
         return {f"{self.rank}/{name}": tensor for name, tensor in self.tensors().items()}
 
     def _state(self) -> TrainState:
@@ -194,7 +181,7 @@ class Bench:
         )  # fmt: skip
 
     def _forget(self, path: Path) -> None:
-        """Drop what the kernel holds of the files, so that a load reads the disk."""
+        """Drop the files from the page cache, so that a load reads the disk."""
         dist.barrier()
         if self.rank == 0:
             for file in path.rglob("*"):

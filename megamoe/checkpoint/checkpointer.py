@@ -1,9 +1,9 @@
-"""Saving and loading the state of a training run across its ranks.
+"""Save and load the state of a training run across its ranks.
 
-A save is the same whether the training goes on meanwhile or not. A thread of each rank writes the rank's file, and one of
-rank 0 then the manifest, which it publishes. These threads never talk to other ranks: between two steps the training
-threads add up over all ranks who is still writing, so that all learn of the end of a save, or of its failure, at the same
-step, and no collective is ever in flight beside those of the training.
+Sync and async saves share one path: on each rank a thread writes the rank's file; when all ranks are done, a thread of
+rank 0 writes and publishes the manifest. These threads never communicate with other ranks. Instead, between two steps, the
+training threads count the ranks that are still writing. So all ranks learn of the end of a save, or of its failure, at the
+same step, and no collective ever runs beside those of training.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from megamoe.checkpoint.snapshot import Snapshot
 from megamoe.checkpoint.store import complete, write_pieces
 from megamoe.checkpoint.tensorfile import FileSum
 from megamoe.checkpoint.train_state import TrainState
-from megamoe.config import Config
+from megamoe.config import OptimConfig
+from megamoe.config.training import CheckpointConfig
 from megamoe.core.errors import CheckpointError
 from megamoe.data.order.position import DataState, joined
 from megamoe.parallel.broadcast import from_rank_0
@@ -40,15 +41,15 @@ from megamoe.parallel.deepspeed.main_parameters import create_moments, owned_pie
 
 @dataclass
 class _Save:
-    """A save under way.
+    """A save in progress.
 
     Attributes:
         folder: The checkpoint.
-        state: What it says of the run, but for the position in the data.
-        position: That of this rank's lanes, if it loads data.
-        prune: Whether older ones go when it is published.
-        work: What a thread of this rank does for it, or did.
-        publishing: Whether all files are written, and rank 0 is at the manifest.
+        state: State of the run, still without the position in the data.
+        position: Position of this rank's lanes, if it loads data.
+        prune: Whether to delete older checkpoints after publishing this one.
+        work: This rank's current or finished work for the save.
+        publishing: Whether all files are written and rank 0 writes the manifest.
     """
 
     folder: Path
@@ -62,13 +63,19 @@ class _Save:
 class Checkpointer:
     """Writes and reads the checkpoints of a run; all ranks call each method together, between two steps.
 
-    Whichever method finds that a save has failed raises ``CheckpointError``, on all ranks alike; the checkpoints before
-    it are untouched.
+    The method that finds out about a failed save raises ``CheckpointError``, on all ranks alike. Earlier checkpoints stay
+    untouched.
+
+    Args:
+        run: Folder of the run.
+        settings: When to wait, how many checkpoints to keep, and where to mirror them.
+        optim: Determines which moments a checkpoint has.
+        engine: The engine whose state is saved and loaded.
     """
 
-    def __init__(self, config: Config, engine: TrainEngine):
-        self.run, self.settings, self.engine = config.run.folder, config.checkpoint, engine
-        self.moments = moments_of(config.optim)
+    def __init__(self, run: Path, settings: CheckpointConfig, optim: OptimConfig, engine: TrainEngine):
+        self.run, self.settings, self.engine = run, settings, engine
+        self.moments = moments_of(optim)
         self._snapshot = Snapshot(engine.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._plan: WritePlan | None = None
@@ -79,22 +86,22 @@ class Checkpointer:
 
     @property
     def busy(self) -> bool:
-        """Whether a save is under way; the same on all ranks."""
+        """Return whether a save is in progress; the same on all ranks."""
         return self._save is not None
 
     def save(self, state: TrainState, position: DataState | None, last: bool = False) -> None:
-        """Write a checkpoint, publish it when all ranks are done, and delete those that need not stay.
+        """Write a checkpoint, publish it when all ranks are done, and delete the ones that need not be kept.
 
-        With ``checkpoint.async`` this returns as soon as a copy is taken; if the checkpoint before is still being
-        written, it waits for that, or leaves this one out, as ``checkpoint.when_busy`` says.
+        With ``checkpoint.async``, return as soon as a copy is taken. If the previous checkpoint is still being written,
+        ``checkpoint.when_busy`` decides: wait for it, or skip this one.
 
         Args:
-            state: State of the run; that of rank 0 counts, and its position is put together from all ranks.
-            position: That of this rank's lanes; None for a rank that loads no data.
-            last: The training ends here: return when this checkpoint is published.
+            state: State of the run; rank 0's is written, with the position joined from all ranks.
+            position: Position of this rank's lanes; None for a rank that loads no data.
+            last: Whether training ends here; if so, return only when this checkpoint is published.
 
         Raises:
-            CheckpointError: this one or the one before could not be written.
+            CheckpointError: this checkpoint or the previous one could not be written.
         """
         if self._save is not None:
             if self.settings.when_busy == "skip" and not last:
@@ -107,7 +114,7 @@ class Checkpointer:
             self.finish()
 
     def write(self, state: TrainState, position: DataState | None) -> None:
-        """Write a checkpoint and publish it when all ranks are done; no other step's is touched.
+        """Write a checkpoint and publish it when all ranks are done; delete no other.
 
         Raises:
             CheckpointError: it could not be written.
@@ -116,7 +123,7 @@ class Checkpointer:
         self.finish()
 
     def poll(self) -> None:
-        """Go on with the save under way, if there is one, without waiting for it; once per step.
+        """Advance the save in progress, if any, without waiting for it; call once per step.
 
         Raises:
             CheckpointError: it could not be written.
@@ -125,7 +132,7 @@ class Checkpointer:
             self._advance(self._save)
 
     def finish(self) -> None:
-        """Wait until no save is under way.
+        """Wait until no save is in progress.
 
         Raises:
             CheckpointError: it could not be written.
@@ -135,7 +142,7 @@ class Checkpointer:
             self._advance(self._save)
 
     def finish_mirror(self) -> None:
-        """Wait until checkpoint.mirror has what the run's folder has. Other ranks need not be there any more.
+        """Wait until checkpoint.mirror has what the run's folder has. Other ranks may have left already.
 
         Raises:
             CheckpointError: it could not be written.
@@ -144,18 +151,18 @@ class Checkpointer:
             self._mirror.finish()
 
     def load(self, folder: Path) -> TrainState:
-        """Put the state of a checkpoint into the engine, under whatever layout wrote it. No save is under way.
+        """Load a checkpoint into the engine, whatever layout wrote it. No save may be in progress.
 
         Raises:
-            DamagedCheckpoint: something is missing or damaged; another one may be loaded instead.
+            DamagedCheckpoint: something is missing or damaged; another checkpoint may be loaded instead.
             CheckpointError: it is of another model.
         """
         if self._mirror is not None:
-            self._mirror.wait()  # what is loaded may be the beginning of another history
+            self._mirror.wait()  # the load may begin another history
         state = from_rank_0(lambda: TrainState.from_json(read_manifest(folder).state, str(folder)))
         create_moments(self.engine, self.moments, state.counters.updates)
         rng = self._rng_slot()
-        # A layout with more ranks than the one that wrote has no generator state for the new ranks.
+        # If the layout that wrote had fewer ranks, there is no generator state for the additional ranks.
         read_pieces(folder, PieceLoadPlanner(self._slots(), optional=[rng]), distributed=True)
         torch.set_rng_state(rng.data)
         refresh_weights(self.engine)
@@ -181,13 +188,13 @@ class Checkpointer:
         self._save = _Save(folder, state, position, prune, self._thread.submit(write))
 
     def _advance(self, save: _Save) -> None:
-        """Take the save a step further if all ranks have come to the same point."""
+        """Advance the save by one stage if all ranks have finished the current one."""
         done = save.work.done()
         failed = done and save.work.exception() is not None
         counts = torch.tensor([not done, failed], dtype=torch.int64, device=self.engine.device)
         dist.all_reduce(counts)
-        at_work, failures = counts.tolist()
-        if at_work:
+        writing, failures = counts.tolist()
+        if writing:
             return
         if failures:
             self._save = None
@@ -213,7 +220,7 @@ class Checkpointer:
             self._mirror.changed()
 
     def _failure(self, save: _Save) -> CheckpointError:
-        """Why a save has failed on some rank, the same on all."""
+        """Return why a save failed on some rank, the same error on all ranks."""
         mine = save.work.exception()
         everyone: list[BaseException | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)

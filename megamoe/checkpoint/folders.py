@@ -1,10 +1,10 @@
 """The checkpoint folders of a run: ``RUN/checkpoints/step-00000100`` is complete or absent, never in between.
 
-Names that begin with a dot are not checkpoints to go on from::
+No run resumes from a folder whose name begins with a dot::
 
-    .incomplete-step-N   being written, or left by a save that was interrupted
-    .replaced-step-N     the former step-N while another takes its place; it counts as step-N as long as that is absent
-    .abandoned-step-N    of a history that was left: the run went on from an earlier step, or from another run's checkpoint
+    .incomplete-step-N   being written, or left by an interrupted save
+    .replaced-step-N     the former step-N while another takes its place; counts as step-N as long as that is absent
+    .abandoned-step-N    of an abandoned history: the run resumed from an earlier step, or from another run's checkpoint
     .deleted-step-N      being deleted
 """
 
@@ -19,45 +19,48 @@ _NAME = re.compile(r"(?:\.(incomplete|replaced|abandoned|deleted)-)?step-(\d{8,}
 
 
 def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after ``step`` optimizer steps."""
+    """Return the folder name of the checkpoint after ``step`` optimizer steps."""
     return f"step-{step:08d}"
 
 
 def checkpoint_step(folder: Path) -> int | None:
-    """The step that a folder's name, any of the above, says; None if it is no name of a checkpoint."""
+    """Return the step in a folder's name, with or without prefix; None if it is not the name of a checkpoint."""
     match = _NAME.fullmatch(folder.name)
     return int(match[2]) if match else None
 
 
 def checkpoints_of(run: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints of a run as (step, folder), oldest first."""
+    """List the complete checkpoints of a run as (step, folder), oldest first."""
     found = dict(_folders(run, "replaced"))
     return sorted({**found, **dict(_folders(run, None))}.items())
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run, if there is one."""
+    """Return the newest complete checkpoint of a run, if there is one."""
     found = checkpoints_of(run)
     return found[-1][1] if found else None
 
 
 def incomplete_of(run: Path) -> list[Path]:
-    """Half-written checkpoints: of a save that is under way, or of one that was interrupted."""
+    """List half-written checkpoints, of a save in progress or of an interrupted one."""
     return [folder for _, folder in _folders(run, "incomplete")]
 
 
 def abandoned_of(run: Path) -> list[tuple[int, Path]]:
-    """Checkpoints that were set aside as (step, folder), oldest first."""
+    """List the checkpoints of abandoned histories as (step, folder), oldest first."""
     return _folders(run, "abandoned")
 
 
 def incomplete_path(folder: Path) -> Path:
-    """Where a checkpoint is written before it gets its final name."""
+    """Return the path under which a checkpoint is written before it gets its final name."""
     return folder.with_name(f".incomplete-{folder.name}")
 
 
 def publish(folder: Path) -> None:
-    """Give a completely written checkpoint its final name. One of the same step gives way, and is whole until then."""
+    """Rename a completely written checkpoint to its final name.
+
+    A checkpoint of the same step stays whole until then, and is deleted afterwards.
+    """
     replaced = folder.with_name(f".replaced-{folder.name}")
     if folder.exists():
         if replaced.exists():
@@ -69,16 +72,16 @@ def publish(folder: Path) -> None:
         delete(replaced)
 
 
-def set_aside(run: Path, keep: int, newer_only: bool) -> list[Path]:
-    """Rename the checkpoints of a history that is left, so that nobody goes on from them by accident.
+def abandon(run: Path, keep: int, newer_only: bool) -> list[Path]:
+    """Rename the checkpoints of an abandoned history, so that no run resumes from them by accident.
 
     Args:
         run: Folder of the run.
-        keep: The step that the run goes on from.
-        newer_only: Whether the checkpoints before ``keep`` are of the history that goes on.
+        keep: The step from which the run resumes.
+        newer_only: Whether the checkpoints before ``keep`` belong to the history that continues.
 
     Returns:
-        Where they are now.
+        The renamed folders.
     """
     moved = []
     for step, folder in checkpoints_of(run):
@@ -90,7 +93,7 @@ def set_aside(run: Path, keep: int, newer_only: bool) -> list[Path]:
 
 
 def tidy(run: Path) -> list[Path]:
-    """Finish what an interrupted save or deletion left. Returns the half-written checkpoints, which are deleted."""
+    """Finish what interrupted saves and deletions left. Return the half-written checkpoints, which are now deleted."""
     for step, folder in _folders(run, "replaced"):
         final = folder.with_name(checkpoint_name(step))
         if final.exists():
@@ -106,14 +109,14 @@ def tidy(run: Path) -> list[Path]:
 
 
 def to_delete(steps: list[int], keep: int, keep_every: int) -> list[int]:
-    """Of steps with checkpoints those that go: all but the last ``keep`` and, if it is not 0, every ``keep_every``-th."""
+    """Return the steps to delete: all but the last ``keep`` and, unless it is 0, multiples of ``keep_every``."""
     return [step for step in sorted(steps)[:-keep] if not keep_every or step % keep_every]
 
 
 def retain(run: Path, newest: int, keep: int, keep_every: int) -> None:
-    """Delete the checkpoints that need not stay, of those up to step ``newest``; see :func:`to_delete`.
+    """Delete the checkpoints up to step ``newest`` that need not be kept; see :func:`to_delete`.
 
-    A later one is not of this history; it neither counts nor goes.
+    Later ones belong to another history: they are neither counted nor deleted.
     """
     found = {step: folder for step, folder in checkpoints_of(run) if step <= newest}
     for step in to_delete(list(found), keep, keep_every):
@@ -121,14 +124,14 @@ def retain(run: Path, newest: int, keep: int, keep_every: int) -> None:
 
 
 def delete(folder: Path) -> None:
-    """Delete a checkpoint; it is absent at once, whatever interrupts this."""
+    """Delete a checkpoint. It is absent at once, whatever interrupts the deletion."""
     doomed = _free(folder.with_name(f".deleted-{folder.name[folder.name.index('step-') :]}"))
     folder.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring renames in a folder to the disk."""
+    """Flush renames in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -141,14 +144,14 @@ def _folders(run: Path, kind: str | None) -> list[tuple[int, Path]]:
     parent = run / "checkpoints"
     for folder in parent.iterdir() if parent.is_dir() else ():
         match = _NAME.fullmatch(folder.name)
-        # Of the plain names only the exact ones: step-00000100.2 is not ours.
+        # Plain names must match exactly: step-00000100.2 is not ours.
         if match and match[1] == kind and (kind or not match[3]) and folder.is_dir():
             found.append((int(match[2]), folder))
     return sorted(found)
 
 
 def _free(path: Path) -> Path:
-    """``path``, or the first of path.2, path.3, ... that is not taken."""
+    """Return ``path``, or the first of path.2, path.3, ... that does not exist."""
     number, free = 2, path
     while free.exists():
         free, number = path.with_name(f"{path.name}.{number}"), number + 1

@@ -1,4 +1,4 @@
-"""What lies in a run's folder of checkpoints, at a glance: manifests and sizes of files, no checksums."""
+"""List what a run's folder of checkpoints holds, from manifests and file sizes alone; computes no checksums."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Listed:
         step: Optimizer steps done.
         folder: Where it is.
         status: ``complete``, ``damaged``, ``incomplete`` (being written, or interrupted) or ``abandoned``.
-        written: When, as ISO 8601 in UTC.
-        size: Bytes on the disk.
+        written: Time of writing, ISO 8601 in UTC.
+        size: Bytes on disk.
         layout: Layout that wrote it; None if the manifest cannot be read.
-        loss: Loss of that step in metrics.jsonl, if it is there.
-        problem: Why it looks damaged.
+        loss: Loss of that step in metrics.jsonl, if recorded.
+        problem: Why it looks damaged, if it does.
     """
 
     step: int
@@ -39,10 +39,10 @@ class Listed:
 
 
 def list_checkpoints(run: Path) -> list[Listed]:
-    """All checkpoints of a run, half-written and abandoned ones too, by step.
+    """List all checkpoints of a run by step, including half-written and abandoned ones.
 
     Raises:
-        CheckpointError: it is no folder of a run.
+        CheckpointError: ``run`` is not the folder of a run.
     """
     if not (run / "checkpoints").is_dir():
         raise CheckpointError(f"{run}: has no folder checkpoints; give the folder of a run that has trained")
@@ -52,7 +52,7 @@ def list_checkpoints(run: Path) -> list[Listed]:
     for folder in incomplete_of(run):
         step = checkpoint_step(folder)
         assert step is not None
-        with suppress(FileNotFoundError):  # published in this moment
+        with suppress(FileNotFoundError):  # published just now
             found.append(Listed(step, folder, "incomplete", _changed(folder), _size(folder), None, None, None))
     return sorted(found, key=lambda listed: (listed.step, listed.folder.name))
 

@@ -1,9 +1,9 @@
 """The manifest of a checkpoint: what is stored where, with checksums of every file and of itself.
 
-``manifest.json`` holds ``format``, ``written`` (time, UTC), ``layout`` (which one wrote it: for people, never needed to
+``manifest.json`` holds ``format``, ``written`` (time, UTC), ``layout`` (the one that wrote it; for people, not needed to
 load), ``model`` (fingerprint of the names and sizes of all weights), ``state`` (a ``TrainState``, with the config, the
 fingerprints of tokenizer and data, and versions), ``files`` (size and checksums of blocks), ``tensors``
-(size, dtype and pieces ``[first element, elements, file]``) and ``checksum``, that of all the others.
+(size, dtype and pieces ``[first element, elements, file]``) and ``checksum`` (over all other fields).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DTYPES = ("float32", "uint8")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A flat global tensor: elements, dtype as torch calls it, and its pieces (first element, elements, file), in order."""
+    """A flat global tensor: its elements, torch dtype, and pieces (first element, elements, file) in order."""
 
     size: int
     dtype: str
@@ -38,7 +38,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a checkpoint says of itself."""
+    """The content of ``manifest.json``; the module docstring lists the fields."""
 
     written: str
     layout: str
@@ -54,7 +54,7 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write ``manifest.json`` and bring it to the disk.
+    """Write ``manifest.json`` and flush it to the disk.
 
     Raises:
         OSError: it cannot be written.
@@ -78,10 +78,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint.
+    """Read the manifest of a checkpoint.
 
     Raises:
-        DamagedCheckpoint: there is none, or it is not what was written.
+        DamagedCheckpoint: it is missing, or is not what was written.
         CheckpointError: another version of MegaMoE wrote it.
     """
     path = folder / MANIFEST
@@ -95,9 +95,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedCheckpoint(f"checkpoint {folder}: {MANIFEST} names no format: damaged")
     checksum = tree.pop("checksum", None)
     right = checksum == _checksum(tree)
-    if tree["format"] != FORMAT and (right or checksum is None):  # the first format had none
+    if tree["format"] != FORMAT and (right or checksum is None):  # the first format had no checksum
         raise CheckpointError(
-            f"checkpoint {folder}: is of format {tree['format']!r} and not {FORMAT}; use the version that wrote it"
+            f"checkpoint {folder}: has format {tree['format']!r}, not {FORMAT}; use the version of MegaMoE that wrote it"
         )
     if not right:
         raise DamagedCheckpoint(f"checkpoint {folder}: {MANIFEST} does not have its checksum: damaged")
@@ -112,33 +112,33 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Hold the size of every file against the manifest: a glance that finds cut and missing files.
+    """Compare the size of every file with the manifest: a quick check that finds cut and missing files.
 
     Raises:
-        DamagedCheckpoint: names the first that is missing or has another size.
+        DamagedCheckpoint: names the first file that is missing or has another size.
     """
     for name, file in manifest.files.items():
         check_size(folder / name, file)
 
 
 def model_fingerprint(sizes: Mapping[str, int]) -> str:
-    """SHA-256 over the names and sizes (elements) of a model's weights."""
+    """Return the SHA-256 over the names and sizes (elements) of a model's weights."""
     return hashlib.sha256(json.dumps(sorted(sizes.items())).encode()).hexdigest()
 
 
 def _checksum(tree: dict[str, Any]) -> str:
-    # Of the content rather than of the bytes: a manifest that was reformatted is still good.
+    # Over the content rather than the bytes: a reformatted manifest is still good.
     return block_sum(json.dumps(tree, separators=(",", ":")).encode())
 
 
 def _check_file(name: str, file: FileSum) -> None:
-    # A name comes from a stranger: it must not lead out of the folder.
+    # The name is untrusted: it must not lead out of the folder.
     if not _FILE.fullmatch(name):
-        raise ValueError(f"{name!r} is no name of a checkpoint file")
+        raise ValueError(f"{name!r} is not the name of a checkpoint file")
     if type(file.size) is not int or len(file.blocks) != -(-file.size // BLOCK):
         raise ValueError(f"{name} has {len(file.blocks)} checksums for {file.size} bytes")
     if not all(_SUM.fullmatch(block) for block in file.blocks):
-        raise ValueError(f"{name} has a checksum that is none")
+        raise ValueError(f"{name} has a malformed checksum")
 
 
 def _tensor(stored: dict[str, Any], files: Mapping[str, FileSum]) -> StoredTensor:
@@ -147,7 +147,7 @@ def _tensor(stored: dict[str, Any], files: Mapping[str, FileSum]) -> StoredTenso
         if file not in files:
             raise ValueError(f"{file!r} is not among its files")
         if type(start) is not int or type(count) is not int or start < 0 or count < 1:
-            raise ValueError(f"{start!r}, {count!r} is no range")
+            raise ValueError(f"{start!r}, {count!r} is not a range")
         pieces.append((start, count, file))
     if type(stored["size"]) is not int or stored["dtype"] not in _DTYPES:
         raise ValueError(f"size {stored['size']!r} or dtype {stored['dtype']!r}")

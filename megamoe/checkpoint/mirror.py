@@ -1,4 +1,4 @@
-"""Copies a run's checkpoints to a remote store while the training goes on, and keeps there as many as the run keeps."""
+"""Mirror a run's checkpoints to a remote store while training continues, keeping as many as the run keeps."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 
 from megamoe.checkpoint.folders import checkpoints_of, to_delete
 from megamoe.checkpoint.remote import RemoteCheckpoints
-from megamoe.config.schema import CheckpointConfig
+from megamoe.config.training import CheckpointConfig
 from megamoe.core.errors import CheckpointError
 
 
 class Mirror:
-    """A thread of rank 0 that makes the store say what the run's folder says.
+    """A thread of rank 0 that makes the store hold what the run's folder holds.
 
-    A copy that fails is said on stderr and tried again with the next checkpoint: the local one is good, and training
-    goes on. What is missing there is found by comparison, so a copy that was interrupted is made good after a restart.
+    A failed copy is reported on stderr and retried with the next checkpoint: the local checkpoint is good, and training
+    continues. Each round compares the store with the run's folder, so an interrupted copy is completed after a restart.
 
     Args:
-        store: Where to.
+        store: The remote store.
         run: Folder of the run.
-        settings: How many stay.
+        settings: How many checkpoints to keep.
     """
 
     def __init__(self, store: RemoteCheckpoints, run: Path, settings: CheckpointConfig):
@@ -33,18 +33,18 @@ class Mirror:
         self._thread.start()
 
     def changed(self) -> None:
-        """There is a new checkpoint, or one is gone."""
+        """Announce that a checkpoint was added or deleted."""
         with self._changed:
             self._rounds_asked, self._idle = self._rounds_asked + 1, False
             self._changed.notify_all()
 
     def wait(self) -> None:
-        """Wait until no copy is under way."""
+        """Wait until no copy is in progress."""
         with self._changed:
             self._changed.wait_for(lambda: self._idle)
 
     def finish(self) -> None:
-        """Wait until all is copied; nothing can be copied after that.
+        """Wait until everything is copied, and end the thread.
 
         Raises:
             CheckpointError: the newest checkpoint could not be copied.
@@ -67,7 +67,7 @@ class Mirror:
                 print(f"megamoe: {error}; the local checkpoints are whole", file=sys.stderr, flush=True)
 
     def _next(self) -> bool:
-        """Wait until there is something to do; False at the end."""
+        """Wait until there is something to do; return False at the end."""
         with self._changed:
             self._idle = self._rounds_asked == self._rounds_begun
             self._changed.notify_all()
@@ -81,7 +81,7 @@ class Mirror:
         for step in sorted(local, reverse=True):
             try:
                 self._store.put(local[step])
-            except FileNotFoundError:  # not kept any longer
+            except FileNotFoundError:  # deleted meanwhile
                 del local[step]
         steps = [step for step in self._store.steps() if step <= max(local, default=0)]
         for step in to_delete(steps, self._settings.keep, self._settings.keep_every):

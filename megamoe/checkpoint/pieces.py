@@ -1,7 +1,7 @@
-"""Which rank writes and reads which pieces of flattened global tensors.
+"""Plan which rank writes and reads which pieces of flattened global tensors.
 
-A save asserts that the pieces of all ranks cover each global tensor exactly once; a load reads, for each piece that a rank
-wants, the parts of the stored pieces that overlap it. Neither side knows the other's layout.
+A save asserts that the pieces of all ranks cover each global tensor exactly once. A load reads, for each piece that a rank
+needs, the overlapping parts of the stored pieces. Neither side knows the other's layout.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from megamoe.checkpoint.manifest import StoredTensor
 from megamoe.core.errors import CheckpointError
 
-_Held = tuple[str, int, int, int, torch.dtype]  # name, first element, elements, elements of the whole, type
+_Held = tuple[str, int, int, int, torch.dtype]  # name, first element, elements, elements of the global tensor, dtype
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A piece as the plans see it: a range of the flattened global tensor ``name``, and its memory here."""
+    """A piece in a plan: a range of the flattened global tensor ``name`` (``size`` elements), and its memory here."""
 
     name: str
     size: int
@@ -48,11 +48,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class WritePlan:
-    """Who writes what; the same for each save of a run.
+    """Which rank writes what; the same for every save of a run.
 
     Attributes:
         mine: Keys of the pieces that this rank writes.
-        tensors: What all ranks write, on rank 0; elsewhere empty.
+        tensors: On rank 0, what all ranks write; elsewhere empty.
     """
 
     mine: frozenset[str]
@@ -60,9 +60,9 @@ class WritePlan:
 
 
 def plan_writes(slots: Sequence[Slot]) -> WritePlan:
-    """Share the pieces out. All ranks call, each with what it holds.
+    """Divide the pieces among the ranks. All ranks call, each with the pieces that it holds.
 
-    Replicas of the same range are written by the first rank that holds one. Every global tensor is covered exactly once.
+    The first rank that holds a replica of a range writes it. Every global tensor is covered exactly once.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     held = [(slot.name, slot.start, slot.data.numel(), slot.size, slot.data.dtype) for slot in slots]
@@ -106,18 +106,18 @@ def _share_out(everyone: list[list[_Held]]) -> tuple[list[frozenset[str]], dict[
 
 @dataclass
 class PieceLoadPlanner(LoadPlanner):
-    """Fills each slot from whatever pieces were stored; ``optional`` ones stay as they are if nothing was stored."""
+    """Fills each slot from whatever pieces are stored; ``optional`` slots stay unchanged if nothing is stored for them."""
 
     slots: list[Slot]
     optional: list[Slot] = field(default_factory=list)
     metadata: Metadata | None = field(default=None, init=False)
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        """Remember what is stored."""
+        """Store the metadata for planning."""
         self.metadata = metadata
 
     def create_local_plan(self) -> LoadPlan:
-        """The reads that fill this rank's slots.
+        """Plan the reads that fill this rank's slots.
 
         Raises:
             CheckpointError: a tensor is missing, has another size, or is not stored completely.
@@ -135,39 +135,39 @@ class PieceLoadPlanner(LoadPlanner):
         return LoadPlan(items)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """Ranks read independently."""
+        """Change nothing: ranks read independently."""
         return global_plan
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        """Nothing to change."""
+        """Change nothing."""
         return central_plan
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Never called: there are only tensors."""
+        """Never called: a checkpoint holds only tensors."""
         raise AssertionError("a checkpoint holds tensors only")
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """The part of a slot's memory that a read fills."""
+        """Return the part of a slot's memory that a read fills."""
         assert read_item.dest_index.index is not None
         data = self.slots[read_item.dest_index.index].data
         return data[read_item.dest_offsets[0] : read_item.dest_offsets[0] + read_item.lengths[0]]
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Reads go to the slot's memory directly."""
+        """Do nothing: reads write to the slot's memory directly."""
 
 
 def piece_key(name: str, start: int) -> str:
-    """Name of a piece within its file."""
+    """Return the name of a piece within its file."""
     return f"{name}@{start}"
 
 
 def rank_file(rank: int) -> str:
-    """Name of the file that a rank writes."""
+    """Return the name of the file that a rank writes."""
     return f"rank-{rank:05d}.safetensors"
 
 
 def flat_slot(name: str, shape: tuple[int, ...], start: int, data: Tensor) -> Slot:
-    """A slot from the shape of the global tensor."""
+    """Make a slot from the shape of the global tensor."""
     return Slot(name, prod(shape), start, data)
 
 

@@ -1,4 +1,4 @@
-"""Reading the weights of a run or checkpoint into one process, whatever layout wrote them."""
+"""Read the weights of a run or checkpoint into one process, whatever layout wrote them."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class LoadedModel:
         config: Config of the run that wrote it.
         model: The model, fp32, in eval mode.
         tokenizer: The run's tokenizer.
-        step: Optimizer steps it was trained for.
-        run: Folder of the run, if the checkpoint lies in one.
+        step: Optimizer steps that trained it.
+        run: Folder of the run, if the checkpoint is in one.
     """
 
     config: Config
@@ -43,7 +43,7 @@ class LoadedModel:
 
 
 def find_checkpoint(source: Path) -> Path:
-    """A checkpoint folder as it is; of a run folder its newest checkpoint.
+    """Return ``source`` if it is a checkpoint, or the newest checkpoint if it is a run.
 
     Raises:
         CheckpointError: it is neither.
@@ -59,10 +59,10 @@ def find_checkpoint(source: Path) -> Path:
 
 
 def load_model(source: Path) -> LoadedModel:
-    """Load the weights of a run's newest checkpoint, or of one checkpoint folder.
+    """Load the weights of a run's newest checkpoint, or of a given checkpoint folder.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or the tokenizer is not the run's.
+        CheckpointError: there is no checkpoint, it is damaged, or the tokenizer is not the run's.
     """
     folder = find_checkpoint(source)
     state = TrainState.from_json(read_manifest(folder).state, str(folder))
@@ -84,15 +84,15 @@ def load_model(source: Path) -> LoadedModel:
 
 
 def read_pieces(folder: Path, planner: PieceLoadPlanner, distributed: bool) -> None:
-    """Fill the planner's slots from a checkpoint. If ``distributed``, all ranks call and come to the same end.
+    """Fill the planner's slots from a checkpoint. If ``distributed``, all ranks call and get the same result.
 
     Raises:
-        DamagedCheckpoint: something is missing or damaged; on all ranks if it is so for one.
+        DamagedCheckpoint: something is missing or damaged; raised on all ranks if one of them finds it.
         CheckpointError: it is of another model, or cannot be loaded for another reason.
     """
     rank = dist.get_rank() if distributed else 0
     reason: CheckpointError | None = None
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each rank plans alone what it reads
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each rank plans its reads alone
     try:
         dcp.load(  # type: ignore[attr-defined]
             {}, storage_reader=SafetensorsReader(folder, all_files=rank == 0), planner=planner, no_dist=True
@@ -108,7 +108,7 @@ def read_pieces(folder: Path, planner: PieceLoadPlanner, distributed: bool) -> N
         reasons: list[CheckpointError | None] = [None] * dist.get_world_size()
         dist.all_gather_object(reasons, reason)
         failures = [each for each in reasons if each is not None]
-        # Another checkpoint helps only if damage is all that is wrong.
+        # Another checkpoint helps only if damage is the only problem.
         reason = next((each for each in failures if not isinstance(each, DamagedCheckpoint)), next(iter(failures), None))
     if reason is not None:
         raise reason

@@ -1,7 +1,7 @@
-"""Checkpoints in an object store, or whatever else fsspec writes: ``URL/step-00000100/`` with the files of the local one.
+"""Checkpoints in an object store, or any other place fsspec writes to: ``URL/step-00000100/`` with the local files.
 
-A store has no rename. There a checkpoint is complete when its manifest is there, so that is put last and deleted first;
-it names every other file with its size and checksums.
+A store has no rename. A checkpoint there is complete when its manifest exists, so the manifest is written last and deleted
+first. It names every other file with its size and checksums.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megamoe.checkpoint.tensorfile import TensorFile
 from megamoe.core.errors import CheckpointError, DamagedCheckpoint
 from megamoe.core.urls import masked, one_line
 
-_ABANDONED = "abandoned-manifest.json"  # of a history that was left
+_ABANDONED = "abandoned-manifest.json"  # of an abandoned history
 _FILES_AT_A_TIME = 8
 Result = TypeVar("Result")
 
@@ -32,30 +32,30 @@ class RemoteCheckpoints:
         url: A folder that fsspec writes, such as ``s3://bucket/runs/one``.
 
     Raises:
-        CheckpointError: of every method too: the store cannot be reached, or refuses. Its own retries are over then.
+        CheckpointError: also from every method: the store cannot be reached or refuses, after its own retries.
     """
 
     def __init__(self, url: str):
         self.url = masked(url)
         try:
             self._files, root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:  # the text of the first names the package
+        except (ImportError, ValueError) as error:  # an ImportError names the missing package
             raise CheckpointError(
                 f"checkpoint.mirror {self.url}: {one_line(str(error))}; give a folder as s3://, gs://, az:// or a path"
             ) from None
         self._root: str = root.rstrip("/")
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, in order."""
+        """List the steps of the complete checkpoints, in order."""
         found = self._ask("listed", lambda: self._files.glob(f"{self._root}/step-*/{MANIFEST}"))
         names = [path.rsplit("/", 2)[-2] for path in found]
         return sorted(int(name[5:]) for name in names if name[5:].isdigit() and checkpoint_name(int(name[5:])) == name)
 
     def put(self, folder: Path) -> None:
-        """Copy a complete local checkpoint; one of the same step that is another gives way.
+        """Copy a complete local checkpoint, replacing a different one of the same step.
 
         Raises:
-            FileNotFoundError: the local one was deleted meanwhile.
+            FileNotFoundError: the local checkpoint was deleted meanwhile.
         """
         manifest = (folder / MANIFEST).read_bytes()
         there = f"{self._root}/{folder.name}"
@@ -74,10 +74,10 @@ class RemoteCheckpoints:
         self._ask("written", lambda: self._files.pipe_file(f"{there}/{MANIFEST}", manifest))
 
     def fetch(self, step: int, run: Path) -> Path:
-        """Bring a checkpoint to its place in the folder of a run.
+        """Download a checkpoint to its place in the folder of a run.
 
         Returns:
-            The local checkpoint, every byte of which has its checksum.
+            The local checkpoint, every byte of which matches its checksum.
 
         Raises:
             DamagedCheckpoint: it is not what was written.
@@ -90,7 +90,7 @@ class RemoteCheckpoints:
             raise DamagedCheckpoint(f"checkpoint {self.url}/{folder.name}: has no {MANIFEST}")
         try:
             (into / MANIFEST).write_bytes(manifest)
-            named = read_manifest(into).files  # names of files only: none leads out of the folder
+            named = read_manifest(into).files  # file names only: none leads out of the folder
             self._each("read", lambda name: self._files.get_file(f"{there}/{name}", str(into / name)), named)
             for name, expected in named.items():
                 with TensorFile(into / name, expected) as file:
@@ -102,7 +102,7 @@ class RemoteCheckpoints:
         return folder
 
     def abandon(self, step: int) -> None:
-        """Nobody is to go on from it: the run went on from an earlier one. Its files stay."""
+        """Hide a checkpoint, so that no run resumes from it: the run continued from an earlier one. Its files stay."""
         there = f"{self._root}/{checkpoint_name(step)}"
         manifest = self._read(f"{there}/{MANIFEST}")
         if manifest is not None:
@@ -110,14 +110,14 @@ class RemoteCheckpoints:
             self._remove(f"{there}/{MANIFEST}")
 
     def delete(self, step: int) -> None:
-        """Delete a checkpoint; it is absent at once."""
+        """Delete a checkpoint. It is absent at once."""
         there = f"{self._root}/{checkpoint_name(step)}"
         self._remove(f"{there}/{MANIFEST}")
         self._ask("deleted", lambda: self._files.rm(there, recursive=True))
 
     def _make_folder(self, path: str) -> None:
         with suppress(FileExistsError):
-            self._files.mkdir(path, create_parents=False)  # not the bucket, too: its name is misspelt
+            self._files.mkdir(path, create_parents=False)  # never create the bucket: if it is missing, its name is misspelt
 
     def _read(self, path: str) -> bytes | None:
         def read() -> bytes | None:
@@ -141,9 +141,9 @@ class RemoteCheckpoints:
 
     def _ask(self, verb: str, question: Callable[[], Result]) -> Result:
         try:
-            self._files.invalidate_cache()  # others write there, too
+            self._files.invalidate_cache()  # other processes write there too
             return question()
-        except Exception as error:  # every store has errors of its own
+        except Exception as error:  # every store raises its own error types
             reason = one_line(f"{type(error).__name__}: {error}")
             raise CheckpointError(
                 f"checkpoint.mirror {self.url}: cannot be {verb} ({reason}); check address, credentials and network"

@@ -1,4 +1,4 @@
-"""A copy of this rank's part of a checkpoint in host memory, taken between two steps while nothing changes."""
+"""Copy this rank's part of a checkpoint to host memory, between two steps while nothing changes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _ALIGN = 64  # bytes; copies are fastest between cache lines
 
 
 class Snapshot:
-    """Host memory for a copy, allocated once and filled again for each save; only one copy is in use at a time.
+    """Host memory for a copy, allocated once and refilled for each save; only one copy is in use at a time.
 
     Args:
-        device: Where the tensors live. From a GPU they are copied behind the kernels that are queued there, into pinned
-            memory, and nobody waits: the kernels of the next step are queued behind the copies.
+        device: Device of the tensors. On a GPU the copies to pinned memory are queued between the kernels of the last step
+            and those of the next, so nothing waits.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,10 +25,10 @@ class Snapshot:
         self._buffer: Tensor | None = None
 
     def take(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], None]]:
-        """Copy flat tensors, the same names and sizes each time.
+        """Copy flat tensors, with the same names and sizes at each call.
 
         Returns:
-            The copies, which are complete after the second value has been called, in any thread.
+            The copies, and a function that waits until they are complete; any thread may call it.
 
         Raises:
             CheckpointError: there is not enough memory.

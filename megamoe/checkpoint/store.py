@@ -1,7 +1,7 @@
-"""Where checkpoints lie: safetensors files, a JSON manifest, and publication by rename.
+"""Store checkpoints as safetensors files and a JSON manifest, published by rename.
 
-``step-00000100/`` holds ``manifest.json`` and one ``rank-00000.safetensors`` per writing rank; while it is written it has
-another name. Nothing in it is ever executed: safetensors and JSON only, and names of files may not lead out of the folder.
+``step-00000100/`` holds ``manifest.json`` and one ``rank-00000.safetensors`` per writing rank; until it is complete it has
+another name. Nothing in it is ever executed: it holds safetensors and JSON only, and file names cannot lead out of it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ WEIGHT = "weight/"
 
 
 def write_pieces(folder: Path, rank: int, pieces: Mapping[str, Tensor]) -> FileSum | None:
-    """Write this rank's file of an incomplete checkpoint and bring it to the disk.
+    """Write this rank's file of an incomplete checkpoint and flush it to the disk.
 
     Args:
         folder: The checkpoint; it is written under its incomplete name.
@@ -52,7 +52,7 @@ def write_pieces(folder: Path, rank: int, pieces: Mapping[str, Tensor]) -> FileS
         pieces: Flat tensors by :func:`piece_key`.
 
     Returns:
-        What the manifest has to say of the file; None without pieces, and there is no file.
+        What the manifest records about the file; None, and no file, if there are no pieces.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -74,13 +74,13 @@ def complete(
     files: Mapping[str, FileSum],
     tensors: Mapping[str, StoredTensor],
 ) -> None:
-    """Write the manifest, which makes the folder complete, and publish it. One rank calls, when all files are written.
+    """Write the manifest, which completes the folder, and publish it. One rank calls this once all files are written.
 
     Args:
         folder: The checkpoint.
-        state: What the manifest says of the run.
+        state: What the manifest records about the run.
         layout: The layout, in words.
-        files: What is said of each file.
+        files: What the manifest records about each file.
         tensors: What is stored where.
 
     Raises:
@@ -97,7 +97,7 @@ def complete(
     )
     try:
         for path in incomplete.iterdir():
-            if path.name not in files:  # of a save of the same step that was interrupted
+            if path.name not in files:  # left by an interrupted save of the same step
                 path.unlink()
         write_manifest(incomplete, manifest)
         sync_folder(incomplete)
@@ -107,21 +107,21 @@ def complete(
 
 
 class SafetensorsReader(StorageReader):
-    """Reads ranges of stored pieces: only the blocks that are wanted, each held against its checksum.
+    """Reads ranges of stored pieces: only the blocks that are needed, each compared with its checksum.
 
     Args:
         folder: The checkpoint.
-        all_files: Whether to look at the size of every file, or at those only that are read.
+        all_files: Whether to check the size of every file, or only of those that are read.
     """
 
     def __init__(self, folder: Path, all_files: bool):
         self.folder, self._all_files = folder, all_files
 
     def reset(self, checkpoint_id: object = None) -> None:
-        """One reader, one checkpoint."""
+        """Do nothing: a reader reads one checkpoint."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """What the manifest says is stored."""
+        """Return what the manifest says is stored."""
         self.manifest = read_manifest(self.folder)
         tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         places = {}
@@ -135,21 +135,21 @@ class SafetensorsReader(StorageReader):
         return Metadata(tensors, storage_data=places)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any) -> None:
-        """Remember where the pieces lie."""
+        """Store where the pieces are."""
         self.places: dict[MetadataIndex, str] = metadata.storage_data
         if self._all_files:
             check_sizes(self.folder, self.manifest)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Nothing to add."""
+        """Change nothing."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Nothing to add."""
+        """Change nothing."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fill the planner's slots, file by file, from the front of each to its end."""
+        """Fill the planner's slots, file by file, reading each from front to end."""
         by_file: dict[str, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
             by_file[self.places[item.storage_index]].append(item)
@@ -165,7 +165,7 @@ class SafetensorsReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
-        """Folders only."""
+        """Accept folders only."""
         return isinstance(checkpoint_id, str | os.PathLike)
 
 

@@ -1,7 +1,7 @@
-"""One safetensors file with a checksum for each of its blocks: whoever reads a range checks exactly the blocks it lies in.
+"""A safetensors file with a checksum per block: reading a range checks exactly the blocks that it overlaps.
 
-XXH3 (64 bits) finds flipped bits at 23 GiB/s on one core, where SHA-256 has 1.5 and would be slower than the disk. It is
-no protection against forgery and need not be: nothing in a checkpoint is executed.
+XXH3 (64 bits) finds flipped bits at 23 GiB/s on one core; SHA-256 reaches 1.5 and would be slower than the disk. XXH3 does
+not protect against forgery and need not: nothing in a checkpoint is executed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megamoe.core.errors import DamagedCheckpoint
 
-BLOCK = 4 << 20  # 1 TB of checkpoint has 5 MB of checksums; a rank that wants one number reads 4 MiB
+BLOCK = 4 << 20  # 1 TB of checkpoint has 5 MB of checksums; a rank that needs one number reads 4 MiB
 _NAMES = {torch.float32: "F32", torch.uint8: "U8"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
@@ -36,7 +36,7 @@ class FileSum:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file: its type, its number of elements, and where its bytes lie."""
+    """A tensor in a file: its dtype, its number of elements, and its range of bytes."""
 
     dtype: torch.dtype
     count: int
@@ -45,15 +45,15 @@ class Entry:
 
 
 def block_sum(block: Any) -> str:
-    """Checksum of one block of bytes."""
+    """Return the checksum of one block of bytes."""
     return xxhash.xxh3_64_hexdigest(block)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileSum:
-    """Stream flat tensors into a safetensors file, bring it to the disk, and return its checksums.
+    """Stream flat tensors into a safetensors file, flush it to the disk, and return its checksums.
 
-    The library's own writer refuses views that share memory, which all our pieces do (they are ranges of flat buffers);
-    cloning them would double the host memory of a save. The format: length of the header, JSON header, bytes.
+    The safetensors library refuses views that share memory. All our pieces do, as ranges of flat buffers, and cloning them
+    would double the host memory of a save. The format: length of the header, JSON header, bytes.
 
     Raises:
         OSError: it cannot be written.
@@ -67,8 +67,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileSum:
     with path.open("wb") as file:
         blocks = _BlockSums()
         head = memoryview(len(text).to_bytes(8, "little") + text)
-        for view in chain([head], map(_bytes_of, tensors.values())):  # from a GPU one tensor after the other
-            for at in range(0, len(view), BLOCK):  # in small parts, so that the checksum finds them in the cache
+        for view in chain([head], map(_bytes_of, tensors.values())):  # from a GPU, one tensor at a time
+            for at in range(0, len(view), BLOCK):  # in small parts, so that they are still in the cache for the checksum
                 file.write(view[at : at + BLOCK])
                 blocks.add(view[at : at + BLOCK])
         file.flush()
@@ -77,11 +77,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileSum:
 
 
 class TensorFile:
-    """A file of a checkpoint, open for reading; every byte that it gives was held against its checksum.
+    """A file of a checkpoint, open for reading. It compares every byte that it returns with its checksum.
 
     Args:
         path: The file.
-        expected: What the manifest says of it.
+        expected: Size and checksums from the manifest.
 
     Raises:
         DamagedCheckpoint: it is missing, has another size, or its beginning is damaged.
@@ -116,7 +116,7 @@ class TensorFile:
             number, skipped = divmod(start + done, BLOCK)
             count = min(end - done, BLOCK - skipped)
             part = target[done : done + count]
-            if count == BLOCK and into.device.type == "cpu":  # a whole block goes straight to where it belongs
+            if count == BLOCK and into.device.type == "cpu":  # read a whole block straight to its place
                 self._fill(_bytes_of(part), number)
             else:
                 for piece in self._parts(start + done, start + done + count):
@@ -124,7 +124,7 @@ class TensorFile:
             done += count
 
     def check_blocks(self) -> Iterator[int]:
-        """Read the whole file, block by block; yields the size of each good one.
+        """Read the whole file, block by block; yield the size of each good one.
 
         Raises:
             DamagedCheckpoint: a block is not what was written.
@@ -139,7 +139,7 @@ class TensorFile:
         self._file.close()
 
     def _parts(self, start: int, end: int) -> Iterator[memoryview]:
-        """Bytes ``start`` to ``end``; each part is valid until the next."""
+        """Yield bytes ``start`` to ``end``; each part is valid until the next."""
         while start < end:
             number = start // BLOCK
             self._load(number)
@@ -155,7 +155,7 @@ class TensorFile:
         self._number = number
 
     def _fill(self, into: memoryview, number: int) -> None:
-        """Read a block, all of it, to where there is room for it."""
+        """Read a whole block into ``into`` and compare its checksum."""
         start, filled = number * BLOCK, 0
         try:
             self._file.seek(start)
@@ -194,7 +194,7 @@ class TensorFile:
 
 
 def check_size(path: Path, expected: FileSum) -> None:
-    """Hold a file's size against the manifest.
+    """Compare a file's size with the manifest.
 
     Raises:
         DamagedCheckpoint: it is missing or has another size.
@@ -210,7 +210,7 @@ def check_size(path: Path, expected: FileSum) -> None:
 
 
 class _BlockSums:
-    """Checksums of consecutive blocks of a stream that comes in parts of any size."""
+    """Checksums of consecutive blocks of a stream that arrives in parts of any size."""
 
     def __init__(self) -> None:
         self._sums: list[str] = []

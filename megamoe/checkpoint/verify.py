@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole: every byte by its checksum, every element of the model and the optimizer exactly once."""
+"""Verify that a checkpoint is whole: every byte by checksum, every element of model and optimizer exactly once."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from megamoe.checkpoint.pieces import piece_key
 from megamoe.checkpoint.store import WEIGHT
 from megamoe.checkpoint.tensorfile import FileSum, TensorFile
 from megamoe.checkpoint.train_state import TrainState
-from megamoe.config import Config
 from megamoe.core.errors import CheckpointError, DamagedCheckpoint
 
-_NAMED = 20  # problems named one by one; the rest is counted
+_NAMED = 20  # problems listed one by one; the rest is only counted
 
 
 @dataclass
 class Verdict:
-    """What was found in a checkpoint.
+    """What a verification found.
 
     Attributes:
         folder: The checkpoint.
-        problems: What is wrong, a line each; none if it is whole.
+        problems: One line per problem; none if the checkpoint is whole.
         files: Files read.
-        bytes: Bytes read and held against their checksums.
-        weights: Parameters of the model that are there exactly once.
-        moments: Optimizer moments that are there exactly once.
-        experts: Experts of all sparse blocks all of whose weights are there.
+        bytes: Bytes read and compared with their checksums.
+        weights: Parameters of the model that are stored exactly once.
+        moments: Optimizer moments that are stored exactly once.
+        experts: Experts, over all sparse blocks, whose weights are all stored.
     """
 
     folder: Path
@@ -44,7 +43,7 @@ class Verdict:
 
 
 def to_verify(source: Path) -> tuple[list[Path], int]:
-    """The checkpoints that ``source`` means, itself or all complete ones of a run, and the bytes they say they have.
+    """Return the checkpoints to verify (``source`` itself, or all complete ones of a run) and the bytes they claim.
 
     Raises:
         CheckpointError: it is neither a checkpoint nor a run with one.
@@ -52,23 +51,23 @@ def to_verify(source: Path) -> tuple[list[Path], int]:
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder; give a run or a checkpoint")
     folders = [folder for _, folder in checkpoints_of(source)]
-    if (source / MANIFEST).is_file() or checkpoint_step(source) is not None:  # one without its manifest is not whole
+    if (source / MANIFEST).is_file() or checkpoint_step(source) is not None:  # a checkpoint without its manifest is damaged
         folders = [source]
     if not folders:
         raise CheckpointError(f"{source}: neither a checkpoint nor a run with one")
     size = 0
     for folder in folders:
-        with suppress(CheckpointError):  # verify_checkpoint says it
+        with suppress(CheckpointError):  # verify_checkpoint reports it
             size += read_manifest(folder).size
     return folders, size
 
 
 def verify_checkpoint(folder: Path, on_bytes: Callable[[int], None] = lambda count: None) -> Verdict:
-    """Read all of a checkpoint and hold it against what its config says the model has.
+    """Read all of a checkpoint and compare it with the model that its config describes.
 
     Args:
         folder: The checkpoint.
-        on_bytes: Is told how many bytes were read.
+        on_bytes: Called with the number of bytes after each read.
     """
     verdict = Verdict(folder)
     try:
@@ -85,7 +84,7 @@ def verify_checkpoint(folder: Path, on_bytes: Callable[[int], None] = lambda cou
         _check_file(folder / name, manifest.files[name], pieces, verdict, on_bytes)
     strangers = sorted(path.name for path in folder.iterdir() if path.name not in {*manifest.files, MANIFEST})
     verdict.problems += [f"{folder / name}: is not in the manifest" for name in strangers]
-    _check_coverage(manifest, config, verdict)
+    _check_coverage(manifest, expected_tensors(config.model, config.optim), verdict)
     if len(verdict.problems) > _NAMED:
         more = len(verdict.problems) - _NAMED
         verdict.problems[_NAMED:] = [f"{folder}: {more} more problems"]
@@ -110,8 +109,7 @@ def _check_file(
             verdict.problems.append(f"{path}: {key} is {found.get(key)} there and {pieces.get(key)} in the manifest")
 
 
-def _check_coverage(manifest: Manifest, config: Config, verdict: Verdict) -> None:
-    expected = expected_tensors(config)
+def _check_coverage(manifest: Manifest, expected: dict[str, Expected], verdict: Verdict) -> None:
     sizes = {name.removeprefix(WEIGHT): tensor.size for name, tensor in expected.items() if name.startswith(WEIGHT)}
     if manifest.model != model_fingerprint(sizes):
         verdict.problems.append(f"{verdict.folder}: the weights' names and sizes are not those of its own config's model")
@@ -136,7 +134,7 @@ def _check_coverage(manifest: Manifest, config: Config, verdict: Verdict) -> Non
 
 
 def _not_once(stored: StoredTensor, wanted: Expected) -> list[str]:
-    """Ranges that are stored by no piece or by two."""
+    """Return the ranges that no piece, or more than one, stores."""
     wrong, end = [], 0
     for start, count, _ in (*stored.pieces, (wanted.size, 0, "")):
         if start > end:
@@ -158,7 +156,7 @@ def _range(start: int, end: int, wanted: Expected) -> str:
 
 
 def _whole_experts(manifest: Manifest, expected: dict[str, Expected]) -> int:
-    """Experts, over all sparse blocks, each of whose weights is stored completely."""
+    """Count the experts, over all sparse blocks, whose weights are all stored completely."""
     blocks: dict[str, list[set[int]]] = {}
     for name, wanted in expected.items():
         if wanted.experts and name.startswith(WEIGHT):

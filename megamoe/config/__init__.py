@@ -1,16 +1,11 @@
-"""The whole run as typed, validated settings."""
+"""The settings of a run, typed and validated: one file per owner, loaded from YAML and ``KEY=VALUE`` overrides."""
 
+from megamoe.config.data import DataConfig
 from megamoe.config.load import dump_config, known_keys, load_config, parse_config
-from megamoe.config.schema import (
-    Config,
-    DataConfig,
-    DecoderConfig,
-    ModelConfig,
-    MoEConfig,
-    OptimConfig,
-    ParallelConfig,
-    VisionConfig,
-)
+from megamoe.config.model import DecoderConfig, ModelConfig, MoEConfig, VisionConfig
+from megamoe.config.parallel import ParallelConfig
+from megamoe.config.schema import Config
+from megamoe.config.training import OptimConfig
 
 __all__ = [
     "Config",

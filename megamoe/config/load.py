@@ -1,4 +1,4 @@
-"""YAML file + dotted overrides -> :class:`Config`, with one clear line for anything that is wrong."""
+"""Turn a YAML file and dotted overrides into a :class:`Config`, or into one clear line that says what is wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megamoe.core.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 but for numbers to the base 60, as in YAML 1.2: 24:00:00 is a time limit, not 86400."""
+    """YAML 1.1 without numbers in base 60, as in YAML 1.2: 24:00:00 is a time limit, not 86400."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -28,7 +28,7 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read ``path`` and apply ``KEY=VALUE`` overrides in order (the last one of a key wins).
+    """Read ``path`` and apply ``KEY=VALUE`` overrides in order; of two for one key, the last wins.
 
     Raises:
         UserError: the file cannot be read, a key is unknown, or a value does not fit.
@@ -53,7 +53,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(tree: dict[str, Any], source: str) -> Config:
-    """Validate a nested mapping. ``source`` names it in errors."""
+    """Validate a nested mapping; errors call it ``source``."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -61,12 +61,12 @@ def parse_config(tree: dict[str, Any], source: str) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML that :func:`load_config` reads back to an equal object."""
+    """Return the resolved config as YAML that :func:`load_config` reads back to an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all settings."""
+    """Yield the dotted names of all settings."""
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):

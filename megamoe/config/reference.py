@@ -1,4 +1,4 @@
-"""The reference page of all settings, made from the config: ``python -m megamoe.config.reference > docs/config.md``."""
+"""Generate the reference page of all settings: ``python -m megamoe.config.reference > docs/config.md``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from megamoe.config.schema import Config
 
 _HEAD = """# Settings
 
-Made from `megamoe/config/schema.py` by `python -m megamoe.config.reference > docs/config.md`; do not edit. Each key is
+Generated from `megamoe/config/` by `python -m megamoe.config.reference > docs/config.md`; do not edit. Each key is
 written in the YAML file or on the command line as `KEY=VALUE`.
 """
 
 
 def reference_page() -> str:
-    """Markdown: a table per section with key, default and meaning."""
+    """Return Markdown with one table per section: key, default and meaning."""
     return "\n".join([_HEAD, *_section(Config, "")])
 
 

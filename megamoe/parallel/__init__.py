@@ -1,1 +1,1 @@
-"""How the ranks share one model: layout, process groups, DeepSpeed engines, expert exchange."""
+"""How the ranks share one model: layout, memory, agreement between ranks; ``deepspeed`` holds the engines."""

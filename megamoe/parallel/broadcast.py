@@ -1,4 +1,4 @@
-"""What one rank finds out and all ranks go by."""
+"""Broadcast what one rank finds out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Found = TypeVar("Found")
 
 
 def from_rank_0(find: Callable[[], Found]) -> Found:
-    """What ``find`` returns on rank 0, or the ``UserError`` that it raises there, on all ranks. All ranks call."""
+    """Run a function on rank 0 and broadcast its result or its ``UserError``. All ranks call."""
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:

@@ -1,14 +1,14 @@
-"""Whether what must be equal on several ranks is: so that a flipped bit on one of them is found, and named.
+"""Check that ranks agree where they must, so that a flipped bit on one of them is found and the rank named.
 
-Replicas of a parameter get the same gradients and the same update, bit for bit, so their bits may be compared: dense
-parameters over the data-parallel ranks of a stage, those of experts over the ranks that hold the same experts. Under
-ZeRO-3 no rank holds a replica. ZeRO hands the weights out anew in each step, from the one rank that owns their fp32
-master: what went wrong since the last step is found, and what went wrong on the way. A fault in the master itself is found
-by its owner, see :mod:`megamoe.parallel.deepspeed.main_parameter_sums`.
+Replicas of a parameter get the same gradients and the same update, bit for bit, so their bits can be compared: dense
+parameters over the data-parallel ranks of a stage, expert parameters over the ranks that hold the same experts. Under
+ZeRO-3 no rank holds a replica. Under ZeRO-1 and 2 each step distributes the weights anew from the rank that owns their
+main parameters (fp32); comparing replicas finds faults since the last step and faults on the way. A fault in the main
+parameters themselves is found by their owner, see :mod:`megamoe.parallel.deepspeed.main_parameter_sums`.
 
-Counters are sums over all ranks, and nothing in training draws from the generators of torch, or it would depend on the
-layout: both are equal on all ranks. A lane of the data is in the hands of one rank only, but where all lanes together must
-stand is known: there are the samples that all steps have taken.
+Counters are sums over all ranks. Nothing in training draws from torch's generators, since that would make it depend on the
+layout. So both are equal on all ranks. Each lane of the data belongs to one rank, but the sum of all positions is known:
+the number of samples that all steps have taken.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ _AS_INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 class _Claim(NamedTuple):
-    """What a rank says of itself; hashes of the counters, the state of the generators and the shards set aside; sums over
-    the bits of its parameters."""
+    """What a rank reports: hashes of its counters, generators and quarantine; bit sums of its parameters."""
 
     step: int
     counters: int
     generators: int
     quarantine: int
     position: int
-    masters_changed: int
+    main_parameters_changed: int
     dense: int
     experts: int
 
@@ -51,28 +50,28 @@ def check_agreement(
     counters: Sequence[object],
     drawn: int,
     data: DataState | None,
-    masters_changed: bool,
+    main_parameters_changed: bool,
     device: torch.device,
 ) -> None:
-    """Compare over all ranks. All ranks call.
+    """Compare the state of all ranks. All ranks call.
 
     Args:
-        layout: the layout of all ranks.
-        parameters: global name -> this rank's part.
-        step: steps done.
-        counters: what all ranks count alike.
-        drawn: samples that all steps have taken from the lanes of the data.
-        data: where this rank's lanes stand; None for a rank that loads no data.
-        masters_changed: whether this rank's fp32 masters or moments have changed outside of an update.
-        device: where collectives take place.
+        layout: The layout of all ranks.
+        parameters: Global name -> this rank's part.
+        step: Steps done.
+        counters: Counters that are equal on all ranks.
+        drawn: Samples that all steps have taken from the lanes of the data.
+        data: Position of this rank's lanes; None for a rank that loads no data.
+        main_parameters_changed: Whether this rank's main parameters or moments changed outside of an update.
+        device: Device of the collectives.
 
     Raises:
-        DisagreementError: on all ranks alike; names the ranks that differ from the others, and in what.
+        DisagreementError: on all ranks alike; names the ranks that differ, and in what.
     """
     dense = experts = 0
     if layout.zero < 3:
         for name, parameter in parameters.items():
-            weight = zlib.crc32(name.encode())  # parameters that trade places are found as well
+            weight = zlib.crc32(name.encode())  # also finds parameters that trade places
             if info_of(parameter).is_expert:
                 experts += weight * _bit_sum(parameter.data)
             else:
@@ -83,7 +82,7 @@ def check_agreement(
         _generators(device),
         -1 if data is None else zlib.crc32(repr(sorted(data.quarantine.items())).encode()),
         0 if data is None else sum(data.cursors.values()),
-        int(masters_changed),
+        int(main_parameters_changed),
         dense % 2**62,
         experts % 2**62,
     )
@@ -95,13 +94,13 @@ def check_agreement(
         _odd_ones_out("step", {rank: ((), claim.step) for rank, claim in enumerate(claims)})
         + _odd_ones_out("counters", {rank: ((), claim.counters) for rank, claim in enumerate(claims)})
         + _odd_ones_out("random generators", {rank: ((), claim.generators) for rank, claim in enumerate(claims)})
-        + _odd_ones_out("shards set aside", {r: ((), c.quarantine) for r, c in enumerate(claims) if c.quarantine >= 0})
+        + _odd_ones_out("quarantined shards", {r: ((), c.quarantine) for r, c in enumerate(claims) if c.quarantine >= 0})
         + _odd_ones_out("dense parameters", {r: ((layout.stage(r),), c.dense) for r, c in enumerate(claims)})
         + _odd_ones_out("experts", {r: ((layout.stage(r), layout.expert_rank(r)), c.experts) for r, c in enumerate(claims)})
     )
     found = [f"ranks disagree that must be equal: {'; '.join(wrong)}"] if wrong else []
-    if changed := [str(rank) for rank, claim in enumerate(claims) if claim.masters_changed]:
-        found.append(f"master weights or moments of rank {', '.join(changed)} have changed between two updates")
+    if changed := [str(rank) for rank, claim in enumerate(claims) if claim.main_parameters_changed]:
+        found.append(f"main parameters or moments of rank {', '.join(changed)} changed between two updates")
     if (position := sum(claim.position for claim in claims)) != drawn:
         found.append(f"data position: the lanes stand at {position} samples in all, but the steps have taken {drawn}")
     if found:
@@ -112,7 +111,12 @@ def check_agreement(
 
 
 def _odd_ones_out(what: str, claims: Mapping[int, tuple[tuple[int, ...], int]]) -> list[str]:
-    """Ranks whose value is not that of the most of their group, by (group, value); of two, both are named."""
+    """Return the ranks that differ from their group's majority. Without a majority, as between two, name the whole group.
+
+    Args:
+        what: What is compared, for the message.
+        claims: rank -> (group, value).
+    """
     groups: dict[tuple[int, ...], dict[int, int]] = defaultdict(dict)
     for rank, (group, value) in claims.items():
         groups[group][rank] = value
@@ -134,5 +138,5 @@ def _generators(device: torch.device) -> int:
 
 
 def _bit_sum(tensor: Tensor) -> int:
-    """The bits of all elements, added up as integers."""
+    """Sum the bits of all elements as integers."""
     return int(tensor.detach().contiguous().view(_AS_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64))

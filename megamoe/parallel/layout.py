@@ -1,4 +1,4 @@
-"""Whether and how a config fits a number of ranks. Pure arithmetic: runs before any process or group is made."""
+"""Plan how a config fits a number of ranks. Pure arithmetic: runs before any process or group exists."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from megamoe.model.size import LayerSize, ModelSize, model_size
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks are numbered stage by stage: rank = stage * data + data rank; expert groups are neighbours in a stage.
+    """Degrees of parallelism, and the place of each rank.
+
+    Ranks are numbered stage by stage: rank = stage * data + data rank. Neighbours in a stage form an expert-parallel group.
 
     Attributes:
-        pipeline: Stages.
-        data: Data-parallel ranks of a stage.
-        expert: Ranks that share a block's experts; a divisor of ``data``.
+        pipeline: Pipeline stages.
+        data: Data-parallel degree: ranks of a stage.
+        expert: Expert-parallel degree: ranks that share a block's experts; divides ``data``.
         zero: ZeRO stage.
         accumulation: Micro-batches per rank and optimizer step.
         config: What the layout was planned for.
@@ -39,23 +41,23 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """Number of ranks."""
         return self.pipeline * self.data
 
     def stage(self, rank: int) -> int:
-        """Pipeline stage of a rank."""
+        """Return the pipeline stage of a rank."""
         return rank // self.data
 
     def data_rank(self, rank: int) -> int:
-        """Place of a rank within its stage."""
+        """Return the place of a rank within its stage."""
         return rank % self.data
 
     def expert_rank(self, rank: int) -> int:
-        """Which part of the experts a rank holds."""
+        """Return which part of the experts a rank holds."""
         return self.data_rank(rank) % self.expert
 
     def describe(self) -> str:
-        """One line for people."""
+        """Describe the layout in one line."""
         return (
             f"{self.world_size} ranks = pipeline {self.pipeline} x data {self.data} (expert {self.expert}), "
             f"ZeRO-{self.zero}, {self.accumulation} micro-batches per step"
@@ -63,7 +65,9 @@ class Layout:
 
 
 def plan_layout(config: Config, world_size: int) -> Layout:
-    """The layout of ``world_size`` ranks.
+    """Plan the layout of ``world_size`` ranks.
+
+    Takes the whole config: degrees and batch must fit model and sequence (sections parallel, train, model and data).
 
     Raises:
         UserError: sizes do not divide, or DeepSpeed is known to refuse the layout or to compute it wrongly.
@@ -115,10 +119,10 @@ def plan_layout(config: Config, world_size: int) -> Layout:
 
 
 def _partition(size: ModelSize, stages: int, needs_experts: bool) -> list[int]:
-    """Contiguous stages with the least FLOPs in the largest one.
+    """Cut the layers into contiguous stages so that the largest one has the fewest FLOPs.
 
-    Under expert parallelism each stage needs a sparse block: DeepSpeed's optimizer runs one collective per expert
-    group, and a stage without one never joins it (it hangs).
+    Under expert parallelism each stage needs a sparse block: DeepSpeed's optimizer runs one collective per expert-parallel
+    group, and hangs if a stage without experts never joins it.
     """
     layers = size.layers
     flops = [0.0, *accumulate(layer.flops for layer in layers)]
@@ -142,7 +146,7 @@ def _partition(size: ModelSize, stages: int, needs_experts: bool) -> list[int]:
 
 
 def stage_layers(size: ModelSize, layout: Layout, stage: int) -> tuple[LayerSize, ...]:
-    """The layers of a stage."""
+    """Return the layers of a stage."""
     return size.layers[layout.bounds[stage] : layout.bounds[stage + 1]]
 
 

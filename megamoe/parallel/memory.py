@@ -1,4 +1,4 @@
-"""Memory of a rank, predicted from the config and measured while it trains."""
+"""Predict the memory of a rank from the config, and measure it while the rank trains."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-from megamoe.config import Config
+from megamoe.config import Config, DataConfig, ModelConfig
 from megamoe.model.size import LayerSize, model_size
 from megamoe.parallel.layout import Layout, stage_layers
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank. ``snapshot``, the copy that ``checkpoint.async`` writes from, is always in host memory."""
+    """Bytes on one rank. ``snapshot``, the copy from which ``checkpoint.async`` writes, is always in host memory."""
 
     weights: int
     gradients: int
@@ -25,19 +25,20 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """What a rank holds where it computes; the process itself (Python, libraries, CUDA context) comes on top."""
+        """Bytes on the device that computes; the process itself (Python, libraries, CUDA context) comes on top."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def on(self, device: torch.device) -> int:
-        """What a rank holds on ``device``: on a CPU the snapshot is in the same memory."""
+        """Return the bytes on ``device``; a CPU holds the snapshot in the same memory."""
         return self.total + (0 if device.type == "cuda" else self.snapshot)
 
 
 def predict_memory(config: Config, layout: Layout, stage: int) -> MemoryEstimate:
-    """What a rank of ``stage`` holds at the peak of a step.
+    """Predict what a rank of ``stage`` holds at the peak of a step.
 
-    Dense parameters are sharded by ZeRO over the data-parallel ranks, expert parameters over the ranks that hold the
-    same experts. Activations count what backward keeps of each layer, for the micro-batches in flight (1F1B).
+    ZeRO shards dense parameters over the data-parallel ranks and expert parameters over the ranks that hold the same
+    experts. Activations count what backward keeps of each layer, for all micro-batches in flight (1F1B). The sum depends
+    on the sections model, data, train, optim, parallel and checkpoint, hence the whole config.
     """
     layers = stage_layers(model_size(config), layout, stage)
     dense = sum(layer.dense for layer in layers)
@@ -56,40 +57,42 @@ def predict_memory(config: Config, layout: Layout, stage: int) -> MemoryEstimate
     if not bf16:
         optimizer += 4 * owned  # the fp32 engine copies its shard of the gradient before the update
     in_flight = min(layout.pipeline - stage, layout.accumulation)
-    activations = in_flight * sum(_kept(config, layer, width) for layer in layers) + _recomputed(config, layers, width)
+    model, data, recompute = config.model, config.data, config.parallel.recompute
+    activations = in_flight * sum(_kept(model, data, recompute, layer, width) for layer in layers)
+    activations += _recomputed(model, data, recompute, layers, width)
     activations *= config.train.micro_batch
     return MemoryEstimate(int(weights), int(gradients), int(optimizer), int(activations), int(snapshot))
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes this process has used at most: on CUDA what the allocator gave out, else resident memory."""
+    """Return the peak bytes of this process: on CUDA what the allocator gave out, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _kept(config: Config, layer: LayerSize, width: int) -> float:
-    """Bytes that one sequence leaves in a layer until its backward; ``width``: bytes of an activation."""
-    if "blocks" in layer.name and config.parallel.recompute != "none":
-        tower = config.model.vision if layer.name.startswith("vision.") else config.model.decoder
-        return 0 if config.parallel.recompute == "offload" else _tokens(config, layer) * tower.width * width
-    return _saved(config, layer, width)
+def _kept(model: ModelConfig, data: DataConfig, recompute: str, layer: LayerSize, width: int) -> float:
+    """Return the bytes that one sequence leaves in a layer until its backward; ``width``: bytes of an activation."""
+    if "blocks" in layer.name and recompute != "none":
+        tower = model.vision if layer.name.startswith("vision.") else model.decoder
+        return 0 if recompute == "offload" else _tokens(model, data, layer) * tower.width * width
+    return _saved(model, data, layer, width)
 
 
-def _recomputed(config: Config, layers: Sequence[LayerSize], width: int) -> float:
-    """Bytes that a block holds per sequence while its backward runs, if it has computed its forward once more for that."""
-    if config.parallel.recompute == "none":
+def _recomputed(model: ModelConfig, data: DataConfig, recompute: str, layers: Sequence[LayerSize], width: int) -> float:
+    """Return the bytes per sequence that a block holds during its backward if that repeats the forward pass."""
+    if recompute == "none":
         return 0
-    return max((_saved(config, layer, width) for layer in layers if "blocks" in layer.name), default=0)
+    return max((_saved(model, data, layer, width) for layer in layers if "blocks" in layer.name), default=0)
 
 
-def _saved(config: Config, layer: LayerSize, width: int) -> float:
-    """Bytes of one sequence that the operations of a layer save for backward, each tensor once.
+def _saved(model: ModelConfig, data: DataConfig, layer: LayerSize, width: int) -> float:
+    """Return the bytes of one sequence that the operations of a layer save for backward, each tensor once.
 
-    A test counts them, operation by operation, for all but attention: its kernels keep queries, keys, values and results.
+    A test counts them operation by operation, except in attention, whose kernels keep queries, keys, values and results.
     """
-    vision, decoder, moe = config.model.vision, config.model.decoder, config.model.moe
-    tokens = _tokens(config, layer)
+    vision, decoder, moe = model.vision, model.decoder, model.moe
+    tokens = _tokens(model, data, layer)
     if layer.name == "vision.embed":
         return tokens * 3 * vision.patch_size**2 * width
     if layer.name == "merge":  # norm in and out, both products, GELU
@@ -107,7 +110,7 @@ def _saved(config: Config, layer: LayerSize, width: int) -> float:
         queries, keys = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
         norm = 4 + width  # the input in fp32, and normalised
         per_token = norm * (2 * tower_width + queries + keys)
-        per_token += width * (tower_width + 3 * queries + 2 * keys)  # q, k, v, result, and that in another order
+        per_token += width * (tower_width + 3 * queries + 2 * keys)  # q, k, v, result, and the result transposed
         dense = width * (tower_width + 4 * decoder.mlp_width)
     if layer.sparse:
         choice = 2 * tower_width + 4 * expert_width  # rows in and out, gate and up, SiLU of gate, product
@@ -117,9 +120,9 @@ def _saved(config: Config, layer: LayerSize, width: int) -> float:
     return tokens * per_token
 
 
-def _tokens(config: Config, layer: LayerSize) -> int:
-    """Tokens of a packed sequence that a layer works on."""
-    pictures = config.model.vision.patches * config.data.images_per_sequence
+def _tokens(model: ModelConfig, data: DataConfig, layer: LayerSize) -> int:
+    """Return the tokens of a packed sequence that a layer works on."""
+    pictures = model.vision.patches * data.images_per_sequence
     if layer.name == "head":
-        return config.data.sequence_length - pictures  # text alone is scored
-    return pictures if layer.name == "merge" or layer.name.startswith("vision.") else config.data.sequence_length
+        return data.sequence_length - pictures  # only text is scored
+    return pictures if layer.name == "merge" or layer.name.startswith("vision.") else data.sequence_length

@@ -1,4 +1,4 @@
-"""What of a block's activations is kept for backward: all, only its input, or its input in host memory."""
+"""Choose which activations a block keeps for backward: all, only its input, or its input in host memory."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from megamoe.model.pipeline_layer import BlockLayer
 
 
 def apply_recompute(module: nn.Module, mode: str) -> None:
-    """Set ``parallel.recompute`` on all blocks of ``module``.
+    """Apply ``parallel.recompute`` to all blocks of ``module``.
 
     ``block`` runs torch's non-reentrant checkpoint; ``offload`` runs fairscale's ``checkpoint_wrapper``, which keeps the
-    block's input in host memory (arXiv:1604.06174). Both run the expert exchange again in backward, in the same order on
+    block's input in host memory (arXiv:1604.06174). Both repeat the dispatch to experts in backward, in the same order on
     all ranks of a group.
     """
     if mode == "none":

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from megamoe.config.schema import TrainConfig
+from megamoe.config.training import TrainConfig
 from megamoe.core.errors import CheckpointError, NonFiniteError
 from megamoe.metrics.counters import Counters
 from megamoe.train.spikes import SpikeDetector

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megamoe.config import Config
-from megamoe.config.schema import DataConfig
+from megamoe.config.data import DataConfig
 from megamoe.core.errors import DataError
 from megamoe.data.loader.step_loader import StepBatch, StepLoader
 from megamoe.data.sample.tokenizer import Tokenizer

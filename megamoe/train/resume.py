@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megamoe.checkpoint.checkpointer import Checkpointer
-from megamoe.checkpoint.folders import checkpoints_of, retain, set_aside, tidy
+from megamoe.checkpoint.folders import abandon, checkpoints_of, retain, tidy
 from megamoe.checkpoint.manifest import check_sizes, read_manifest
 from megamoe.checkpoint.reading import find_checkpoint
 from megamoe.checkpoint.remote import RemoteCheckpoints
@@ -78,7 +78,7 @@ class Resume:
         """Make the run's folder match the weights: set later checkpoints and other histories aside, cut the records."""
         if dist.get_rank() == 0:
             # Checkpoints first: if this is interrupted, the records are never shorter than the newest checkpoint.
-            for folder in set_aside(self._run, step, newer_only=not self.elsewhere):
+            for folder in abandon(self._run, step, newer_only=not self.elsewhere):
                 _say(f"{folder}: set aside, the run resumes from step {step}")
             self._abandon_in_mirror(step)
             for folder in tidy(self._run):

@@ -16,7 +16,7 @@ from megamoe.data.shards.catalog import DataSet
 from megamoe.model.size import model_size
 from megamoe.parallel.consistency import check_agreement
 from megamoe.parallel.deepspeed.engine import StepResult, TrainEngine
-from megamoe.parallel.deepspeed.main_parameter_sums import MasterSums
+from megamoe.parallel.deepspeed.main_parameter_sums import MainParameterSums
 from megamoe.parallel.layout import Layout
 from megamoe.train.fingerprints import agreed_fingerprints
 from megamoe.train.guard import Accepts, Action, Outcome
@@ -52,8 +52,8 @@ class Trainer:
         history = Resume(config, resume, self.fingerprints)  # may refuse, before minutes are spent on building the model
         self.engine = TrainEngine(config, layout, tokenizer.image_id, device)
         self.loader = open_loader(config, layout, tokenizer, data) if self.engine.loads_data else None
-        self.checkpointer = Checkpointer(config, self.engine)
-        self.main_sums = MasterSums(self.engine, enabled=config.train.check_every > 0)
+        self.checkpointer = Checkpointer(config.run.folder, config.checkpoint, config.optim, self.engine)
+        self.main_sums = MainParameterSums(self.engine, enabled=config.train.check_every > 0)
         self.state = LiveState(config, self.fingerprints, self.loader)
         self.flops_per_step = model_size(config).flops_per_sequence * config.train.global_batch
         if (saved := history.load(self.checkpointer)) is not None:

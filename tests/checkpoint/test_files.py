@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megamoe.checkpoint import folders, tensorfile
-from megamoe.checkpoint.folders import checkpoints_of, incomplete_path, publish, set_aside, tidy, to_delete
+from megamoe.checkpoint.folders import abandon, checkpoints_of, incomplete_path, publish, tidy, to_delete
 from megamoe.checkpoint.tensorfile import FileSum, TensorFile, write_tensors
 from megamoe.core.errors import DamagedCheckpoint
 
@@ -140,7 +140,7 @@ def test_what_is_set_aside_twice_is_there_twice(tmp_path: Path) -> None:
     for _ in range(2):
         for step in (1, 2, 3):
             (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True, exist_ok=True)
-        assert len(set_aside(tmp_path, 1, newer_only=True)) == 2
+        assert len(abandon(tmp_path, 1, newer_only=True)) == 2
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == [
         ".abandoned-step-00000002", ".abandoned-step-00000002.2", ".abandoned-step-00000003",

@@ -15,7 +15,7 @@ from megamoe.checkpoint.manifest import MANIFEST, Manifest, StoredTensor, write_
 from megamoe.checkpoint.mirror import Mirror
 from megamoe.checkpoint.remote import RemoteCheckpoints
 from megamoe.checkpoint.tensorfile import write_tensors
-from megamoe.config.schema import CheckpointConfig
+from megamoe.config.training import CheckpointConfig
 from megamoe.core.errors import CheckpointError, DamagedCheckpoint
 from tests.training import largest_difference, make_data, metrics, small_config, train, write_config
 

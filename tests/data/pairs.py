@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from megamoe.config.schema import DataConfig, VisionConfig
+from megamoe.config.data import DataConfig
+from megamoe.config.model import VisionConfig
 from megamoe.data.loader.lane import LostSample
 from megamoe.data.loader.step_loader import StepBatch, StepLoader
 from megamoe.data.remote.cache import ShardCache

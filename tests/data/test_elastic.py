@@ -17,7 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megamoe.config.schema import DataConfig, VisionConfig
+from megamoe.config.data import DataConfig
+from megamoe.config.model import VisionConfig
 from megamoe.data.loader.step_loader import StepLoader
 from megamoe.data.order.position import DataState, earliest
 from megamoe.data.order.sample_order import SampleOrder

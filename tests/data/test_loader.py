@@ -19,7 +19,8 @@ import psutil
 import pytest
 import torch
 
-from megamoe.config.schema import DataConfig, VisionConfig
+from megamoe.config.data import DataConfig
+from megamoe.config.model import VisionConfig
 from megamoe.core.errors import DataError, UserError
 from megamoe.core.packed_batch import PackedBatch
 from megamoe.data.loader import lane as lane_module
@@ -352,7 +353,8 @@ def test_as_many_shards_are_open_as_are_in_use_within_the_limit_of_files(
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-from megamoe.config.schema import DataConfig, VisionConfig
+from megamoe.config.data import DataConfig
+from megamoe.config.model import VisionConfig
 from megamoe.data.shards.catalog import DataSet, Source
 from megamoe.data.loader.step_loader import StepLoader
 from megamoe.data.sample.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megamoe.config.schema import DataConfig
+from megamoe.config.data import DataConfig
 from megamoe.core.errors import DataError
 from megamoe.core.urls import unsigned
 from megamoe.data.shards.catalog import DataSet, Source, data_fingerprint

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from launcher.local.launch import launch_local
-from megamoe.config.schema import LaunchConfig
+from megamoe.config.launch import LaunchConfig
 from megamoe.metrics import MetricsWriter
 
 RUN, DATA, STEPS = Path("runs/demo"), Path("data/demo"), 20

@@ -1,6 +1,6 @@
 """`megamoe` with a fault: in a step, one bit of one parameter of a rank becomes another one, or of what else it keeps.
 
-python flipped.py RANK,STEP,dense|expert|master|moment|generator|position train ...
+python flipped.py RANK,STEP,dense|expert|main|moment|generator|position train ...
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
 
     def before_update(self: Trainer, *arguments: object) -> object:
         if self.step + 1 == int(at) and os.environ["RANK"] == rank:
-            if kind in ("master", "moment"):
+            if kind in ("main", "moment"):
                 piece = next(
                     p for p in owned_pieces(self.engine, ("exp_avg",)) if (p.name[:3] == "exp") == (kind == "moment")
                 )

@@ -131,7 +131,7 @@ def test_a_manifest_cannot_lead_out_of_its_folder(folder: Path) -> None:
     del tree["checksum"]
     tree["checksum"] = block_sum(json.dumps(tree, separators=(",", ":")).encode())  # whoever forges it can count, too
     manifest.write_text(json.dumps(tree))
-    assert "no name of a checkpoint file" in _fails(folder, "--resume", "runs/base")
+    assert "not the name of a checkpoint file" in _fails(folder, "--resume", "runs/base")
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(folder: Path) -> None:

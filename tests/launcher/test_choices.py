@@ -15,7 +15,7 @@ from launcher.elastic.node_choice import Losses, natural
 from launcher.elastic.starts import how_it_begins, in_vain
 from launcher.workers.run_progress import RunState
 from megamoe.config import Config
-from megamoe.config.schema import LaunchConfig
+from megamoe.config.launch import LaunchConfig
 from megamoe.core.errors import UserError
 from tests.training import small_config
 

@@ -21,7 +21,8 @@ from launcher.health.node import (
     real_readings,
     room_problem,
 )
-from megamoe.config.schema import Config, LaunchConfig
+from megamoe.config.launch import LaunchConfig
+from megamoe.config.schema import Config
 from megamoe.model.size import model_size
 
 GPU = {

@@ -15,7 +15,7 @@ from launcher.health.collective import partners
 from launcher.health.connections import Met, meet
 from launcher.health.links import GBIT, Links, link_problems
 from launcher.workers.processes import free_port
-from megamoe.config.schema import HealthConfig
+from megamoe.config.launch import HealthConfig
 
 
 def links(nodes: int, slow: dict[tuple[int, int], float], usual: float = 10.0) -> Links:

@@ -15,7 +15,7 @@ import pytest
 
 from launcher.local.launch import launch_local
 from launcher.workers.ending import latest_attempt
-from megamoe.config.schema import LaunchConfig
+from megamoe.config.launch import LaunchConfig
 from megamoe.core.errors import UserError
 from megamoe.core.exit_status import NO_PROGRESS, STOPPED
 
@@ -33,7 +33,7 @@ def launch_apart(run: Path, script: Script, nproc: int = 2) -> subprocess.Popen[
     """The launcher in a process of its own, so that it can be killed."""
     code = (
         "import sys; from pathlib import Path; from launcher.local.launch import launch_local;"
-        "from megamoe.config.schema import LaunchConfig;"
+        "from megamoe.config.launch import LaunchConfig;"
         "run, worker, script, n = sys.argv[1:];"
         "limits = LaunchConfig(stop_grace=5); command = [sys.executable, worker, script];"
         "sys.exit(launch_local(Path('c'), [], int(n), 'none', limits, Path(run), command))"

@@ -87,7 +87,7 @@ def test_blocks_save_what_is_predicted(precision: str, changes: list[str], monke
     width = 2 if precision == "bf16" else 4
     for layer in model_size(config).layers:
         if layer.name != "head":  # its scores come and go within it
-            predicted = ROWS * _saved(config, layer, width)
+            predicted = ROWS * _saved(config.model, config.data, layer, width)
             assert saved[layer.name] == pytest.approx(predicted, rel=0.05), layer.name
 
 
@@ -103,6 +103,8 @@ def test_recomputation_keeps_block_inputs_and_one_block_in_full() -> None:
     inputs = vision.depth * patches * vision.width + decoder.depth * data.sequence_length * decoder.width
     assert block - offload == ROWS * 2 * inputs
     largest = max(
-        _saved(configs["none"], layer, 2) for layer in model_size(configs["none"]).layers if "blocks" in layer.name
+        _saved(configs["none"].model, data, layer, 2)
+        for layer in model_size(configs["none"]).layers
+        if "blocks" in layer.name
     )
     assert offload >= ROWS * largest and block < none / 3

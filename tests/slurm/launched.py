@@ -126,7 +126,8 @@ class LaunchedRun:
 
     def _stepped(self) -> tuple[int, dict[str, Any]]:
         """(attempts up to the newest that has made a step, the event of that step)."""
-        number, found = 0, (0, {})
+        number = 0
+        found: tuple[int, dict[str, Any]] = (0, {})
         for event in self.events("attempt", "step"):
             if event["event"] == "attempt":
                 number += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megamoe.config.schema import TrainConfig
+from megamoe.config.training import TrainConfig
 from megamoe.train.spikes import SpikeDetector
 
 

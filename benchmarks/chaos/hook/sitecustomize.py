@@ -81,9 +81,9 @@ def _poison(trainer: Any) -> Any:
 if "RANK" in os.environ and "CHAOS_TRIAL" in os.environ:
     sync = os.fsync
 
-    def _slow_sync(descriptor: int) -> None:
+    def _slow_sync(fd: Any) -> None:
         time.sleep(SYNC_SECONDS)
-        sync(descriptor)
+        sync(fd)
 
     os.fsync = _slow_sync
     sys.meta_path.insert(0, _AfterImport())

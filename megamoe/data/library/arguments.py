@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from megamoe.config.schema import DataConfig
+from megamoe.config.data import DataConfig
 from megamoe.core.errors import UserError
 
 Shards = str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]]

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megamoe.config.schema import DataConfig, VisionConfig
+from megamoe.config.data import DataConfig
+from megamoe.config.model import VisionConfig
 from megamoe.core.errors import DataError, UserError
 from megamoe.data.loader.lane import LostSample, PackedSequence
 from megamoe.data.loader.processes import WorkerProcesses

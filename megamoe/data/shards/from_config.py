@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megamoe.config.schema import DataConfig
+from megamoe.config.data import DataConfig
 from megamoe.core.errors import DataError, UserError
 from megamoe.core.urls import masked, unsigned
 from megamoe.data.remote.cache import ShardCache

@@ -1,4 +1,4 @@
-"""Expert parallelism: rows travel to the ranks that hold their experts, and back, by all-to-all with variable sizes."""
+"""Expert parallelism: dispatch rows to the ranks that hold their experts, and back, by variable-size all-to-all."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from megamoe.parallel.layout import Layout
 
 
 class AllToAllExchange:
-    """Dropless dispatch within an expert-parallel group; part i of the experts lives on its i-th rank."""
+    """Dropless dispatch within an expert-parallel group, whose i-th rank holds the i-th part of the experts."""
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
         self.size = dist.get_world_size(group)
 
     def agree(self, counts_E: Tensor) -> AllToAllDispatch:
-        """Exchange the counts. Host and device wait for each other here, once for each sparse block."""
+        """Exchange the row counts. Host and device synchronise here, once per sparse block."""
         counts_E = counts_E.contiguous()
         received_E = torch.empty_like(counts_E)  # [source rank, expert held here]
         dist.all_to_all_single(received_E, counts_E, group=self.group)
@@ -34,16 +34,23 @@ class AllToAllExchange:
 
 
 class AllToAllDispatch:
-    """The rows of one sparse block on their way. ``send`` and ``receive``: rows for and from each rank of the group."""
+    """Dispatch of the rows of one sparse block.
+
+    Args:
+        group: The expert-parallel group.
+        send: Rows for each rank of the group.
+        receive: Rows from each rank of the group.
+        received_E: Rows by (source rank, expert held here).
+    """
 
     def __init__(self, group: dist.ProcessGroup, send: list[int], receive: list[int], received_E: Tensor):
         self._group, self._send, self._receive, self._received_E = group, send, receive, received_E
         self.rows = sum(send)
 
     def __call__(self, rows_ND: Tensor, experts: Experts) -> Tensor:
-        """Rows sorted by global expert -> the experts' results in the same order. All ranks of the group must call."""
+        """Send rows sorted by global expert to their experts; return results in the same order. The whole group calls."""
         arrived_MD = _all_to_all(rows_ND, self._send, self._receive, self._group)
-        # Rows arrive by source, then expert; the experts want them by expert.
+        # Rows arrive by source, then by expert; the experts need them by expert.
         by_source = self._received_E.view(len(self._receive), -1)
         expert_M = torch.arange(by_source.shape[1], device=rows_ND.device).repeat(len(self._receive))
         expert_M = expert_M.repeat_interleave(self._received_E, output_size=sum(self._receive))
@@ -93,9 +100,9 @@ class _Permute(torch.autograd.Function):
 
 
 class _ExpertMarker(AutoEPMoELayer):
-    """Tells the DeepSpeed engine that a module tree has expert-parallel parameters.
+    """Tell the DeepSpeed engine that a module tree has expert-parallel parameters.
 
-    The engine looks for its own layer classes. Ours owns routing, losses and dispatch, so only the class is borrowed.
+    The engine looks for its own layer classes. Our layer owns routing, losses and dispatch and borrows only the class.
     """
 
     def __init__(self, experts: int):
@@ -111,17 +118,17 @@ class _ExpertMarker(AutoEPMoELayer):
 
 
 def group_name(layout: Layout) -> str:
-    """DeepSpeed's name of the expert-parallel groups."""
+    """Return DeepSpeed's name of the expert-parallel groups."""
     return f"ep_size_{layout.expert}"
 
 
 def create_expert_groups(layout: Layout) -> None:
-    """Make the expert-parallel and expert-data-parallel groups. All ranks must call."""
+    """Create the expert-parallel and expert-data-parallel groups. All ranks must call."""
     groups._create_expert_and_data_parallel(layout.expert, pp_size=layout.pipeline)
 
 
 def connect_experts(module: nn.Module, layout: Layout) -> None:
-    """Let the sparse blocks of ``module`` reach the experts of other ranks, and mark expert parameters for ZeRO."""
+    """Connect the sparse blocks of ``module`` to the experts of other ranks, and mark expert parameters for ZeRO."""
     if layout.expert == 1:
         return  # all experts are here: to DeepSpeed they are parameters like any other
     name = group_name(layout)

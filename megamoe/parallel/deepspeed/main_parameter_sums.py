@@ -1,7 +1,7 @@
-"""Whether the fp32 masters and moments that a rank owns are still what its last update left.
+"""Detect changes of the main parameters (fp32) and moments that a rank owns, from one update to the next.
 
-No other rank has them to compare with, and an update spreads a fault in them over all replicas alike. So each rank adds up
-their bits after an update, and again before the next one: a bit that flipped in between is seen. Both passes only read.
+No other rank has a copy to compare with, and an update spreads a fault in them to all replicas alike. So each rank sums
+their bits after an update and again before the next one: a bit that flipped in between shows. Both passes only read.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from megamoe.parallel.deepspeed.engine import TrainEngine
 from megamoe.parallel.deepspeed.main_parameters import flat_partitions
 
 
-class MasterSums:
-    """Watches over the optimizer's memory on this rank, from an update to the next.
+class MainParameterSums:
+    """Bit sums over the optimizer's memory on this rank.
 
     Args:
-        engine: What owns it.
-        enabled: Whether to look at all.
+        engine: The engine that owns the memory.
+        enabled: Whether to compute sums at all.
 
     Attributes:
-        changed: Whether anything in it has changed outside of an update; stays so.
+        changed: Whether anything has ever changed outside of an update.
     """
 
     def __init__(self, engine: TrainEngine, enabled: bool):
@@ -34,11 +34,11 @@ class MasterSums:
         return bool(self._changed)
 
     def note(self) -> None:
-        """The masters are right now: an update, or a load, is done."""
+        """Record the sums right after an update or a load, when the main parameters are known to be right."""
         self._noted = self._sums() if self._enabled else None
 
     def check(self) -> None:
-        """An update is about to be made. Nothing waits for the device here."""
+        """Compare the sums right before an update. Does not wait for the device."""
         if self._noted is not None:
             self._changed |= (self._sums() != self._noted).any()
 
@@ -50,6 +50,6 @@ class MasterSums:
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:
-    """Sum over the bits of an fp32 vector; it may wrap around. In words of 64 bits it takes a twentieth of the time."""
+    """Sum the bits of an fp32 vector; the sum may wrap around. Words of 64 bits take a twentieth of the time."""
     wide = tensor.numel() % 2 == 0 and tensor.data_ptr() % 8 == 0
     return tensor.view(torch.int64 if wide else torch.int32).sum(dtype=torch.int64)

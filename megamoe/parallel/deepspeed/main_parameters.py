@@ -1,6 +1,6 @@
-"""Which piece of each fp32 master weight and optimizer moment this rank owns, and how a loaded one takes effect.
+"""Find the pieces of main parameters (fp32) and moments that this rank owns, and make loaded ones take effect.
 
-No communication is needed to tell: ZeRO shards flat buffers, and each rank knows its range of each parameter.
+This needs no communication: ZeRO shards flat buffers, and each rank knows its range of each parameter.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Piece:
 
 
 def owned_pieces(engine: TrainEngine, moments: tuple[str, ...]) -> list[Piece]:
-    """All pieces of master weights (``weight/...``) and of the named optimizer moments that this rank owns."""
+    """Return all pieces of main parameters (``weight/...``) and of the named moments that this rank owns."""
     optimizer = engine.deepspeed.optimizer
     pieces = []
     for name, parameter in engine.parameters.items():
@@ -53,7 +53,7 @@ def owned_pieces(engine: TrainEngine, moments: tuple[str, ...]) -> list[Piece]:
 
 
 def create_moments(engine: TrainEngine, moments: tuple[str, ...], updates: int) -> None:
-    """Give the optimizer the state that it would have after so many updates, with zeros for a load to fill."""
+    """Create the optimizer state that exists after ``updates`` updates, filled with zeros for a load to overwrite."""
     for flat in flat_partitions(engine.deepspeed.optimizer):
         state: dict[str, Tensor] = {moment: torch.zeros_like(flat.detach()) for moment in moments}
         if "exp_avg" in state:  # AdamW counts its updates for bias correction
@@ -62,7 +62,7 @@ def create_moments(engine: TrainEngine, moments: tuple[str, ...], updates: int) 
 
 
 def refresh_weights(engine: TrainEngine) -> None:
-    """Make the weights that forward uses follow the master weights."""
+    """Copy the main parameters into the weights that the forward pass uses."""
     optimizer = engine.deepspeed.optimizer
     if engine.layout.zero == 3:
         optimizer._partition_all_parameters()
@@ -75,7 +75,7 @@ def refresh_weights(engine: TrainEngine) -> None:
 
 
 def _global_place(parameter: nn.Parameter) -> tuple[tuple[int, ...], int]:
-    """Shape of the global tensor, and where this rank's part starts in it (flattened)."""
+    """Return the shape of the global tensor and where this rank's part starts in it, flattened."""
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     info = info_of(parameter)
     if not info.is_expert:
@@ -107,6 +107,7 @@ def _zero3_range(optimizer: Any, parameter: Any) -> tuple[int, Tensor, int, int]
 
 
 def flat_partitions(optimizer: Any) -> list[Tensor]:
+    """Return the flat fp32 buffers of main parameters that this rank owns, whatever the ZeRO stage."""
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(optimizer, name):
             partitions: list[Tensor] = getattr(optimizer, name)

@@ -1,4 +1,4 @@
-"""Joining and leaving the ranks of a run: device, backend, process group."""
+"""Join and leave the process group of a run: device, backend, timeouts."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import torch.distributed as dist
 
 from megamoe.core.errors import UserError
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # a peer that is silent for longer is taken for dead
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # a peer that is silent for longer counts as dead
 
 
 @contextmanager
 def joined_world() -> Iterator[torch.device]:
-    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT describe; leave it at the end.
+    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT describe, and leave it at the end.
 
     Yields this rank's device: the GPU number LOCAL_RANK with NCCL if there is one, else the CPU with gloo.
 
     Raises:
-        UserError: there are GPUs, but fewer than ranks on this machine.
+        UserError: this machine has GPUs, but fewer than ranks.
     """
     cuda = torch.cuda.is_available()
     if cuda:
@@ -40,7 +40,7 @@ def joined_world() -> Iterator[torch.device]:
     import deepspeed
 
     if not cuda:
-        # A shared-memory all-reduce for inference that DeepSpeed would compile with g++ at each first start.
+        # DeepSpeed would compile a shared-memory all-reduce for inference with g++ at the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _import_uncompiled("deepspeed.runtime.zero.muon.muon_optimizer")
     deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=COLLECTIVE_TIMEOUT)
@@ -51,23 +51,23 @@ def joined_world() -> Iterator[torch.device]:
 
 
 def _own_gpu(local_rank: int) -> torch.device:
-    """Take the GPU of this rank, before anything is allocated on it.
+    """Select this rank's GPU before anything is allocated on it.
 
     Raises:
-        UserError: it does not exist.
+        UserError: there is no such GPU.
     """
     if local_rank >= torch.cuda.device_count():
         raise UserError(
             f"rank {local_rank} of this machine has no GPU: {torch.cuda.device_count()} can be seen; start as many ranks "
             "as GPUs (--nproc, launch.ranks_per_node), or set CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
-    # Rows per expert and lengths of captions change from step to step: fixed segments would break up.
+    # Rows per expert and caption lengths change at every step: fixed segments would fragment.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    # NCCL's own monitor aborts without a word of the step; train.watchdog_seconds (480) is to speak first, and after it
-    # the time-out of the collective that hangs.
+    # NCCL's own monitor aborts without naming the step. train.watchdog_seconds (480) has to fire first, then the
+    # timeout of the collective that hangs.
     os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(1.5 * COLLECTIVE_TIMEOUT.total_seconds())))
-    # fp32 means fp32: the 10 bits of TF32 would break the agreement of layouts, and with the CPU.
+    # fp32 means fp32: with TF32's 10 bits, layouts would no longer agree with each other or with the CPU.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     device = torch.device("cuda", local_rank)
@@ -76,9 +76,10 @@ def _own_gpu(local_rank: int) -> torch.device:
 
 
 def _import_uncompiled(name: str) -> None:
-    """Import a module of DeepSpeed that wants its functions compiled, as they are.
+    """Import a module of DeepSpeed without compiling the functions that it wants compiled.
 
-    Its engines import an optimizer that is not ours; the compiler alone costs each rank two seconds at each start.
+    DeepSpeed's engines import an optimizer that we do not use. Starting the compiler for it would cost each rank two
+    seconds.
     """
     from deepspeed.runtime import compiler
 
