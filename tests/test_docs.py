@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from megamoe.cli import megamoe
 from megamoe.config import known_keys
+from megamoe.core import exit_status
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -126,3 +127,17 @@ def test_the_index_names_every_page() -> None:
     index = (ROOT / "docs/README.md").read_text()
     for page in ROOT.glob("docs/**/*.md"):
         assert page.name == "README.md" or f"({page.relative_to(ROOT / 'docs')})" in index, page
+
+
+def test_each_room_of_the_house_is_in_the_architecture_and_those_of_the_trainer_in_the_readme() -> None:
+    page, readme = (ROOT / "docs/architecture.md").read_text(), (ROOT / "README.md").read_text()
+    for package in ("megamoe", "launcher", "data_tools"):
+        rooms = [path.parent.name for path in (ROOT / package).glob("*/__init__.py")]
+        assert rooms and not [room for room in rooms if f"{package}/{room}" not in page]
+        assert package != "megamoe" or not [room for room in rooms if f"\n  {room}/ " not in readme]
+
+
+def test_each_exit_status_is_in_the_table_of_faults() -> None:
+    rows = re.findall(r"^\| (\d+) \|", (ROOT / "docs/faults.md").read_text(), re.M)
+    statuses = {int(value) for name, value in vars(exit_status).items() if name.isupper() and isinstance(value, int)}
+    assert statuses | {0} == {int(row) for row in rows}
