@@ -28,10 +28,11 @@ ladder: $(INSTALLED) ## Tests on a real SLURM that take minutes, then a run unde
 	$(BIN)/python -m pytest -q -m nightly tests/slurm
 	$(BIN)/python -m benchmarks.ladder
 
-lint: $(INSTALLED) ## Check style, format and types
+lint: $(INSTALLED) ## Check style, format, types and which part imports which
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 clean: ## Remove .venv and caches; runs/ and data/ stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
