@@ -103,16 +103,17 @@ def measure(folder: Path, optimizer: str, saved: str, resumed: str) -> Pair:
 def write_page(folder: Path, page: Path) -> None:
     """Write the table of each optimizer from all pairs measured so far."""
     lines = [
-        "# Saved under one layout, gone on from under another",
+        "# Saved under one layout, resumed under another",
         "",
-        f"Written by `python -m benchmarks.resume_matrix`. Each run saves at step {SAVED} under the layout of its row and",
-        f"goes on to step {LAST} under the layout of its column. The figure is the largest relative difference of any loss",
-        "part or of the gradient norm, at any step, to an undisturbed run of one process: fp32 on the CPU, clipping that",
-        f"bites at every step, auxiliary losses on; up to {LIMIT:g} is good. `=`: every number is bit for bit that of the",
-        "undisturbed run under the same layout. **Bold**: out of bounds, or other samples. `·`: not run.",
+        f"Written by `python -m benchmarks.resume_matrix`. Each run saves at step {SAVED} under the layout of its row",
+        f"and resumes, to step {LAST}, under the layout of its column. The figure is the largest relative difference",
+        "of any loss part or of the gradient norm, at any step, from an undisturbed run of one process: fp32 on",
+        f"the CPU, clipping that takes effect at every step, auxiliary losses on; up to {LIMIT:g} is good. `=`: every",
+        "number is bit for bit that of the undisturbed run under the same layout. **Bold**: out of bounds, or",
+        "other samples. `·`: not run.",
     ]
     for optimizer in OPTIMIZERS:
-        lines += ["", f"## {optimizer}", "", table_head(["saved \\ gone on", *LAYOUTS], numbers=True)]
+        lines += ["", f"## {optimizer}", "", table_head(["saved \\ resumed", *LAYOUTS], numbers=True)]
         for saved in LAYOUTS:
             cells = [_cell(folder / "pairs" / f"{optimizer}-{_name(saved)}-{_name(to)}.json") for to in LAYOUTS]
             lines.append(table_row([saved, *cells]))

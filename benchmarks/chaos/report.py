@@ -68,22 +68,22 @@ def write_page(results: Sequence[Result], page: Path) -> None:
     """docs/chaos.md."""
     head, *rows = table(results)
     lines = [
-        "# Chaos: faults at random, and the end as if there had been none",
+        "# Chaos: random faults, and a run that ends as if there had been none",
         "",
-        "Written by `make chaos` (`python -m benchmarks.chaos`). A trial is made from its seed: a layout, and one to three",
-        "faults at random moments, some of them inside of a save or while the ranks start after the fault before. It is",
-        "run with real processes and real signals, and launched again, on the same or on a smaller layout, when a fault",
-        "has ended the launcher. It is good if each step is in metrics.jsonl once; if all numbers are bit for bit those of",
-        "the undisturbed run as long as the layout is the same, and within 1e-5 relative (fp32) on a smaller one; if the",
-        "audit and the lost samples are the same; if all checkpoints in the end are whole, and damaged ones were named;",
-        "and if no process, no shared memory and no half-written file is left. A lasting NaN is held against an",
-        "undisturbed run that skips that step.",
+        "Written by `make chaos` (`python -m benchmarks.chaos`). A trial is made from its seed: a layout, and one to",
+        "three faults at random moments, some of them within a save or while the ranks start after the previous",
+        "fault. It runs with real processes and real signals, and is launched again, in the same or in a smaller",
+        "layout, when a fault has ended the launcher. A trial is good if each step is in metrics.jsonl once; if all",
+        "numbers are bit for bit those of the undisturbed run while the layout is the same, and within 1e-5 relative",
+        "(fp32) in a smaller one; if the audit and the lost samples are the same; if all checkpoints are whole in the",
+        "end, and damaged ones were named; and if no process, no shared memory and no half-written file is left. A",
+        "lasting NaN is compared with an undisturbed run that skips that step.",
         "",
-        "Steps and syncs are slowed down in the trials (0.1 s and 0.05 s), so that a moment inside of them can be hit.",
-        '"No new step": the longest time after the fault without a step that was not recorded before, up to the next',
-        'fault. "Extra": wall time beyond that of the undisturbed run under the layout at the beginning, divided among the',
-        "faults of the trial. Frozen processes are noticed after `train.watchdog_seconds`, which is 6 in these trials.",
-        "Much of the rest is the start of Python and its imports.",
+        "Steps and syncs are slowed down in the trials (0.1 s and 0.05 s), so that a moment within them can be hit.",
+        '"No new step" is the longest time after the fault without a step that was not recorded before, up to the',
+        'next fault. "Extra" is wall time beyond that of the undisturbed run in the first layout, divided among the',
+        "faults of the trial. Frozen processes are noticed after `train.watchdog_seconds`, which is 6 in these",
+        "trials. Much of the rest is the start of Python and its imports.",
         "",
         f"| {' | '.join(head)} |",
         "| --- |" + " ---: |" * (len(head) - 1),
@@ -102,7 +102,7 @@ def _counts(results: Sequence[Result]) -> str:
     smaller = sum(len(set(result.layouts)) > 1 for result in results)
     return (
         f"{len(results)} trials with {sum(len(result.kinds) for result in results)} faults, "
-        f"{sum(result.in_saves for result in results)} of them inside of a save; {smaller} trials went on on a smaller "
+        f"{sum(result.in_saves for result in results)} of them within a save; {smaller} trials continued in a smaller "
         f"layout; ranks were started {sum(result.attempts for result in results)} times; "
         f"{sum(bool(result.problems) for result in results)} trials failed."
     )

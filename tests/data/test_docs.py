@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 import torch
 import yaml
@@ -61,7 +62,7 @@ def test_every_command_runs_in_the_order_of_the_page(folder: Path) -> None:
         assert result.exit_code == 0, (arguments, result.output)
         if arguments[0] == "synth":
             pictures(folder / "shapes/train/00000.tar", folder / "pictures")
-    assert {command[2] for command in commands} == set(data.commands), "each verb has its example"
+    assert {command[2] for command in commands} == set(data.list_commands(click.Context(data))), "each verb has its example"
 
 
 def pictures(shard: Path, folder: Path) -> None:
