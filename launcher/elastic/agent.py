@@ -25,6 +25,7 @@ from launcher.workers.placement import Place, environment, numa_nodes, share_cor
 from launcher.workers.processes import Ranks, caught_signals
 from launcher.workers.rank_group import POLL
 from megamoe.core.exit_status import FAILED
+from megamoe.core.run_folder import RunFolder
 
 PATIENCE = 300.0  # seconds to wait for a supervisor, also for one that takes the place of a dead one
 KNOCK = 3.0  # seconds to reach one of the supervisor's addresses
@@ -98,7 +99,7 @@ class _Agent:
     ) -> None:
         self._run_dir, self._node, self._job, self._command = run_dir, node, job, command
         self._problems = list(checks())
-        self._probe = Probe(checks, run_dir / f"launch/health-{node}.log")
+        self._probe = Probe(checks, RunFolder(run_dir).launch.health_log(node))
         self._ranks: Ranks | None = None
         self._reported: set[int] = set()
         self._attempt = 0
@@ -184,7 +185,7 @@ class _Agent:
         self._probe.close()
         place = Place(**message["place"])
         arguments = [*self._command, "train", message["config"], "--resume", message["resume"], *message["overrides"]]
-        folder = self._run_dir / f"logs/attempt-{self._attempt}"
+        folder = RunFolder(self._run_dir).attempt(self._attempt)
         numbers = range(place.first, place.first + place.ranks)
         mine = os.sched_getaffinity(0)
         shares = share_cores(mine, place.ranks, numa_nodes()) if message["bind"] else None
@@ -195,7 +196,7 @@ class _Agent:
         try:
             os.chdir(message["workdir"])  # paths in the config may be relative
             # The supervisor made it, which this node's view of the shared file system may not show yet.
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.path.mkdir(parents=True, exist_ok=True)
             cpus = dict(zip(numbers, shares, strict=True)) if shares else None
             self._ranks = Ranks(arguments, variables, folder, _Passed(wire), guard, cpus)
         except OSError as error:
@@ -262,7 +263,7 @@ def _is_mine(run_dir: Path, invitation: Invitation, node: str) -> bool:
 
     Not simply the one with the lowest name: that is most often on the host that died with the supervisor.
     """
-    path = run_dir / f"launch/orphaned-{hashlib.sha256(invitation.token.encode()).hexdigest()[:8]}"
+    path = RunFolder(run_dir).launch.orphaned(hashlib.sha256(invitation.token.encode()).hexdigest()[:8])
     try:
         with path.open("x") as file:
             file.write(f"{node}\n")

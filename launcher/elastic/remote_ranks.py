@@ -14,6 +14,7 @@ from launcher.elastic.messages import Message
 from launcher.workers.placement import Place
 from launcher.workers.processes import write_pids
 from launcher.workers.rank_group import POLL, RankGroup
+from megamoe.core.run_folder import AttemptFolder
 
 ANSWER = 2.0  # seconds; an agent answers in milliseconds, unless its node is in trouble
 
@@ -42,14 +43,14 @@ class Team(RankGroup):
         config: Path,
         resume: str,
         overrides: Sequence[str],
-        folder: Path,
+        folder: AttemptFolder,
         bind: bool,
     ) -> None:
         self.nodes = list(nodes)
-        self.logs = {rank: folder / f"rank-{rank:05d}.log" for rank in range(len(nodes) * ranks)}
+        self.folder = folder
+        self.logs = {rank: folder.log(rank) for rank in range(len(nodes) * ranks)}
         self.pids = {}
-        self._hub, self._ranks, self._folder = hub, ranks, folder
-        self._attempt = int(folder.name.removeprefix("attempt-"))
+        self._hub, self._ranks, self._attempt = hub, ranks, folder.number
         self._ended: dict[int, int] = {}
         self._idle: set[Node] = set()
         for node in self.nodes:
@@ -142,7 +143,7 @@ class Team(RankGroup):
             case {"verb": "started", "pids": dict(pids)}:
                 self.pids |= {int(rank): int(pid) for rank, pid in pids.items() if int(rank) in self.of_node(node)}
                 if len(self.pids) == len(self.logs):
-                    write_pids(self._folder, dict(sorted(self.pids.items())))
+                    write_pids(self.folder, dict(sorted(self.pids.items())))
             case {"verb": "ended", "rank": int(rank), "status": int(status)} if rank in self.of_node(node):
                 self._ended.setdefault(rank, status)
             case {"verb": "idle"}:

@@ -28,7 +28,7 @@ class Report:
     def state(
         self,
         phase: str,
-        attempt: str | None = None,
+        attempt: int | None = None,
         layout: Layout | None = None,
         team: Team | None = None,
         resume: str | None = None,
@@ -41,7 +41,7 @@ class Report:
             "job": self.job,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "attempt": int(attempt.removeprefix("attempt-")) if attempt is not None else None,
+            "attempt": attempt,
             "layout": layout.describe() if layout is not None else None,
             "resume": resume,
         }

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from launcher.elastic.control_server import Hub, Node
 from launcher.elastic.events import FirstStep, History
-from launcher.elastic.invitation import FILE
 from launcher.elastic.layouts import choose_layout, layout_overrides, ranks_per_node
 from launcher.elastic.node_choice import Losses, best_size, choose_nodes
 from launcher.elastic.node_requests import Wishes
@@ -20,12 +19,14 @@ from launcher.elastic.state_file import Report
 from launcher.health.examination import examine
 from launcher.health.node import clock_problem
 from launcher.workers.ending import PEER_GRACE, explain, how, last_words, new_attempt, resume_after
-from launcher.workers.output import Terminal, last_lines, signal_name
+from launcher.workers.output import Terminal, signal_name
 from launcher.workers.rank_group import POLL
 from launcher.workers.run_progress import Restarts, RunState, run_state
 from launcher.workers.stop import asked_to_stop, stop_ranks, stop_status
 from megamoe.config import Config
 from megamoe.core.exit_status import FAILED, HUNG, NO_PROGRESS, STOPPED
+from megamoe.core.rank_end import EndKind
+from megamoe.core.run_folder import AttemptFolder, RunFolder
 from megamoe.parallel.layout import Layout
 
 COMING = 120.0  # seconds for the agents of the allocation to come: Python from a cold network file system takes its time
@@ -97,7 +98,7 @@ class Supervisor:
         self._settings, self._limits = request.settings, request.settings.launch
         self._run_dir = request.settings.run.folder
         # By the clock of the file system, with which the times of checkpoints are compared.
-        self._launched = (self._run_dir / FILE).stat().st_mtime
+        self._launched = RunFolder(self._run_dir).launch.supervisor.stat().st_mtime
         self._restarts, self._losses = Restarts(self._limits), Losses(self._limits)
         self._port_tries = 0
         self._by_agents: list[int] = []  # what of the caught signals only reached agents
@@ -190,7 +191,7 @@ class Supervisor:
             folder,
             bind=self._limits.bind == "auto",
         ) as team:
-            self._report.state("running", folder.name, layout, team, self._resume)
+            self._report.state("running", folder.number, layout, team, self._resume)
             while team.running() and not self._caught and not team.lost() and self._change(team) is None:
                 team.pause(POLL)
                 self._look(wish=True)
@@ -210,7 +211,7 @@ class Supervisor:
             elif stop or change is not None:
                 if stop:
                     self._note_stop()
-                self._report.state("stopping", folder.name, layout, team, self._resume)
+                self._report.state("stopping", folder.number, layout, team, self._resume)
                 grace = self._limits.stop_grace + PEER_GRACE
                 why = None if stop or change is None else CHANGES[change]
                 by_themselves = stop_ranks(team, self._caught, grace, self._terminal, why)
@@ -248,7 +249,8 @@ class Supervisor:
         rank, status = culprit
         self._history.event("failed", node=self._node_of(ended.team, rank), rank=rank, how=how(status))
         explain(ended.team, culprit, ended.frozen, self._terminal)
-        taken = any("EADDRINUSE" in line for line in last_lines(ended.team.logs[0], 100))
+        first = ended.team.end_of(0)
+        taken = first is not None and first.kind is EndKind.PORT_TAKEN
         if taken and not ended.stepped and self._port_tries < PORT_TRIES:
             self._port_tries += 1
             self._terminal.say("somebody took the port of rank 0: once more with another")
@@ -343,12 +345,12 @@ class Supervisor:
             return "shrink"
         return "back" if names == set(self._before) else "spare"
 
-    def _announce(self, folder: Path, nodes: list[Node], layout: Layout, kind: str, since: float) -> None:
+    def _announce(self, folder: AttemptFolder, nodes: list[Node], layout: Layout, kind: str, since: float) -> None:
         names = [node.name for node in nodes]
         self._terminal.say(f"{folder.name} ({kind}): {', '.join(names)}; {layout.describe()}; --resume {self._resume}")
         self._history.event(
             "attempt",
-            attempt=int(folder.name[8:]),
+            attempt=folder.number,
             kind=kind,
             since=since,
             nodes=names,

@@ -6,31 +6,28 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 
-from launcher.workers.output import Terminal, error_line, last_lines, signal_name
+from launcher.workers.output import Terminal, last_lines, signal_name
 from launcher.workers.rank_group import RankGroup
 from megamoe.core.errors import UserError
 from megamoe.core.exit_status import HUNG, REQUEST_IS_WRONG
+from megamoe.core.rank_end import EndKind
+from megamoe.core.run_folder import AttemptFolder, RunFolder
 
 PEER_GRACE = 5.0  # seconds; for ranks whose watchdogs end them one after the other, or that end a little after their time
 LAST_WORDS = 2.0  # seconds; a rank whose peer is gone has nothing to save, but something to say
 
 
-def latest_attempt(run_dir: Path) -> Path | None:
-    """Log folder of the newest attempt at a run; None before the first."""
-    attempts = [path for path in (run_dir / "logs").glob("attempt-*") if path.name[8:].isdigit()]
-    return max(attempts, key=lambda path: int(path.name[8:]), default=None)
-
-
-def new_attempt(run_dir: Path) -> Path:
+def new_attempt(run_dir: Path) -> AttemptFolder:
     """Make the log folder of the next attempt.
 
     Raises:
         UserError: it cannot be made.
     """
-    latest = latest_attempt(run_dir)
-    folder = run_dir / "logs" / f"attempt-{int(latest.name[8:]) + 1 if latest else 1}"
+    run = RunFolder(run_dir)
+    latest = run.latest_attempt()
+    folder = run.attempt(latest.number + 1 if latest else 1)
     try:
-        folder.mkdir(parents=True)
+        folder.path.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"run.dir {run_dir}: cannot be written ({error.strerror}); choose another run.dir") from error
     return folder
@@ -52,7 +49,7 @@ def explain(ranks: RankGroup, culprit: tuple[int, int], frozen: Mapping[int, lis
     """Say why the attempt has ended."""
     rank, status = culprit
     if status == REQUEST_IS_WRONG:
-        _pass_on_error(ranks.logs, rank, terminal)
+        _pass_on_error(ranks, rank, terminal)
     elif status == HUNG:
         _explain_hang(ranks, frozen, terminal)
     else:
@@ -75,11 +72,16 @@ def resume_after(resume: str, checkpoint: Path | None) -> str:
     return "auto" if resume in ("auto", "none") else str(checkpoint or resume)
 
 
-def _pass_on_error(logs: Mapping[int, Path], rank: int, terminal: Terminal) -> None:
-    # What rank 0 said is on the terminal already; the others said the same, or rank 0 said nothing.
-    if error_line(logs[0]) is None:
-        line = error_line(logs[rank]) or f"megamoe: error: rank {rank} refused the request without a word, see {logs[rank]}"
-        terminal.say(line.removeprefix("megamoe: "))
+def _pass_on_error(ranks: RankGroup, rank: int, terminal: Terminal) -> None:
+    """Say what is wrong with the request, unless rank 0 has: what it says is on the terminal already."""
+    if _refusal(ranks, 0) is None:
+        said = _refusal(ranks, rank) or f"rank {rank} refused the request without a word, see {ranks.logs[rank]}"
+        terminal.say(f"error: {said}")
+
+
+def _refusal(ranks: RankGroup, rank: int) -> str | None:
+    end = ranks.end_of(rank)
+    return end.message if end is not None and end.kind is EndKind.REQUEST_IS_WRONG and end.message else None
 
 
 def _explain_hang(ranks: RankGroup, frozen: Mapping[int, list[int]], terminal: Terminal) -> None:
@@ -89,6 +91,6 @@ def _explain_hang(ranks: RankGroup, frozen: Mapping[int, list[int]], terminal: T
         terminal.say(f"rank {rank} is stopped ({which}; SIGSTOP, or a debugger): it takes part in nothing")
     for rank, status in ranks.ended().items():
         if status == HUNG:
-            said = [line for line in last_lines(ranks.logs[rank]) if f"rank {rank} hangs" in line]
-            line = said[-1].removeprefix("megamoe: ") if said else f"rank {rank} hangs"
-            terminal.say(f"{line}, log {ranks.logs[rank]}")
+            end = ranks.end_of(rank)
+            said = end.message if end is not None and end.kind is EndKind.HUNG else f"rank {rank} hangs"
+            terminal.say(f"{said}, log {ranks.logs[rank]}")

@@ -11,8 +11,6 @@ import threading
 from pathlib import Path
 from typing import IO, Protocol, TextIO
 
-ERROR_PREFIX = "megamoe: error:"
-
 
 class Output(Protocol):
     """Where the output of rank 0 goes, besides its log."""
@@ -76,11 +74,6 @@ def last_lines(log: Path, count: int = 12) -> list[str]:
         file.seek(max(0, log.stat().st_size - 16384))
         text = file.read().decode(errors="replace")
     return [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()][-count:]
-
-
-def error_line(log: Path) -> str | None:
-    """The line by which a rank said that the request is wrong, when its log has one."""
-    return next((line for line in reversed(last_lines(log, 100)) if line.startswith(ERROR_PREFIX)), None)
 
 
 def signal_name(signum: int) -> str:

@@ -18,6 +18,8 @@ from launcher.workers.output import Output, Tee
 from launcher.workers.placement import Place, environment
 from launcher.workers.rank_group import RankGroup
 from megamoe.core.exit_status import STOP_SIGNALS
+from megamoe.core.rank_end import END_VARIABLE
+from megamoe.core.run_folder import AttemptFolder
 
 
 class Ranks(RankGroup):
@@ -28,7 +30,7 @@ class Ranks(RankGroup):
     Args:
         command: what to start.
         environments: variables of each rank to be started, by its number.
-        folder: for a log file per rank.
+        folder: for the log of each rank and its report of how it ended.
         terminal: gets what rank 0 says.
         guard: ends the ranks should this process be killed.
         cpus: the CPUs of each rank, if it is not to use all.
@@ -38,12 +40,13 @@ class Ranks(RankGroup):
         self,
         command: Sequence[str],
         environments: Mapping[int, Mapping[str, str]],
-        folder: Path,
+        folder: AttemptFolder,
         terminal: Output,
         guard: Guard,
         cpus: Mapping[int, Collection[int]] | None = None,
     ) -> None:
-        self.logs = {rank: folder / f"rank-{rank:05d}.log" for rank in environments}
+        self.folder = folder
+        self.logs = {rank: folder.log(rank) for rank in environments}
         self.pids = {}
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._ended: dict[int, int] = {}
@@ -101,7 +104,8 @@ class Ranks(RankGroup):
 
     def _start(self, command: Sequence[str], environment: Mapping[str, str], rank: int, terminal: Output) -> None:
         log = self.logs[rank]
-        env = dict(environment)
+        self.folder.end(rank).unlink(missing_ok=True)  # of an earlier process, should there be one
+        env = {**environment, END_VARIABLE: str(self.folder.end(rank))}
         if rank == 0:
             # Its stderr is seen on the terminal, where the traceback of a rank that only lost its peer would
             # hide which rank failed. The launcher shows the end of the log of the one that did.
@@ -123,11 +127,11 @@ class Ranks(RankGroup):
             self._tees.append(Tee(process.stderr, log, terminal, to_stderr=True))
 
 
-def write_pids(folder: Path, pids: Mapping[int, int]) -> None:
-    """Name the processes of an attempt in ``folder``/pids.json."""
-    temporary = folder / "pids.json.tmp"
+def write_pids(folder: AttemptFolder, pids: Mapping[int, int]) -> None:
+    """Write the process ids of an attempt into its folder."""
+    temporary = folder.pids.with_name(f"{folder.pids.name}.tmp")
     temporary.write_text(json.dumps(dict(pids)) + "\n")
-    temporary.replace(folder / "pids.json")
+    temporary.replace(folder.pids)
 
 
 def local_environments(nproc: int) -> dict[int, dict[str, str]]:

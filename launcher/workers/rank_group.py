@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megamoe.core.exit_status import HUNG, REQUEST_IS_WRONG
+from megamoe.core.rank_end import RankEnd, read_end
+from megamoe.core.run_folder import AttemptFolder
 
 POLL = 0.02  # seconds; a death is noticed within it
 SETTLE = 0.2  # seconds; who died first is judged after the others had this long to follow
@@ -18,10 +20,12 @@ class RankGroup(ABC):
     """Running ranks, numbered from 0 over all nodes.
 
     Attributes:
+        folder: holds the logs and the reports of how the ranks ended.
         logs: log file of each rank.
         pids: process id of each rank on its node.
     """
 
+    folder: AttemptFolder
     logs: dict[int, Path]
     pids: dict[int, int]
 
@@ -57,6 +61,17 @@ class RankGroup(ABC):
             self.pause(SETTLE)
         failed = [(rank, status) for rank, status in self.ended().items() if status]
         return min(failed, key=lambda item: _severity(item[1]), default=None)
+
+    def end_of(self, rank: int) -> RankEnd | None:
+        """Return how a rank says that it has ended; None if it left no report, or one that its exit status belies.
+
+        A rank that was killed by a signal just after its report was about to end by itself: its report counts.
+        """
+        status = self.ended().get(rank)
+        if status is None or rank not in self.pids:
+            return None
+        end = read_end(self.folder.end(rank), self.pids[rank])
+        return end if end is not None and (status < 0 or status == end.status) else None
 
     def wait(self, seconds: float) -> bool:
         """Give all ranks ``seconds`` to end; whether they have."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +10,9 @@ from launcher.workers.ending import how
 from launcher.workers.output import Terminal
 from megamoe.config.schema import LaunchConfig
 from megamoe.core.exit_status import FAILED, NO_PROGRESS, REQUEST_IS_WRONG
+from megamoe.core.run_folder import RunFolder
 
-_TAIL = 1 << 20  # bytes; the last record of metrics.jsonl is in them
+_TAIL = 1 << 20  # bytes; the last records of metrics.jsonl are in them
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,11 @@ class RunState:
 
 def run_state(run_dir: Path, launched: float) -> RunState:
     """The state of a run; what is older than ``launched`` (seconds since the epoch) may be of a history left behind."""
-    metrics = run_dir / "metrics.jsonl"
-    reached = _last_step(metrics) if metrics.exists() and metrics.stat().st_mtime >= launched else 0
-    written = [
-        path
-        for path in (run_dir / "checkpoints").glob("step-*")
-        if re.fullmatch(r"step-\d+", path.name) and path.stat().st_mtime >= launched
-    ]
-    newest = max(written, key=lambda path: int(path.name[5:]), default=None)
-    return RunState(reached, int(newest.name[5:]) if newest else 0, newest)
+    run = RunFolder(run_dir)
+    reached = _last_step(run.metrics) if run.metrics.exists() and run.metrics.stat().st_mtime >= launched else 0
+    written = {step: path for step, path in run.complete_checkpoints().items() if path.stat().st_mtime >= launched}
+    saved = max(written, default=0)
+    return RunState(reached, saved, written.get(saved))
 
 
 class Restarts:
@@ -110,7 +107,15 @@ class Restarts:
 
 
 def _last_step(metrics: Path) -> int:
+    """Return the step of the last whole record; a line that is half written, or cut by the tail, is no JSON object."""
     with metrics.open("rb") as file:
         file.seek(max(0, metrics.stat().st_size - _TAIL))
-        steps = re.findall(rb'^\{"step": ?(\d+)', file.read(), re.MULTILINE)
-    return int(steps[-1]) if steps else 0
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            return int(record["step"])
+    return 0

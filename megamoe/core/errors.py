@@ -27,6 +27,10 @@ class SpikeError(UserError):
     """The loss spikes again and again, and going back to a checkpoint and past the samples has not helped."""
 
 
+class PortTakenError(RuntimeError):
+    """Another process listens on the port of rank 0; with another port the same start may succeed."""
+
+
 class NonFiniteError(RuntimeError):
     """Loss or gradient became NaN or Inf; the weights were left as they were before the step."""
 

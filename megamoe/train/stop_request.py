@@ -17,6 +17,7 @@ import time
 from typing import NoReturn
 
 from megamoe.core.exit_status import STOP_FAILED, STOP_SIGNALS, STOPPED, STOPPED_TWICE
+from megamoe.core.rank_end import report_end
 
 
 class StopRequest:
@@ -72,6 +73,7 @@ class StopRequest:
 
     def _end(self, status: int, why: str) -> NoReturn:
         self._say(why)
+        report_end(status, f"rank {self._rank}: {why}")
         os._exit(status)  # the main thread cannot be asked: it may be in a collective
 
     def _say(self, text: str) -> None:

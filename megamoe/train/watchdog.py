@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 
 from megamoe.core.exit_status import HUNG
+from megamoe.core.rank_end import report_end
 
 SLOW = 10
 """Start-up (the first step included: kernels are compiled, shards fetched) and saving may take so many times longer."""
@@ -85,10 +86,10 @@ class Watchdog:
     def _end(self, phase: _Phase, limit: float) -> None:
         faulthandler.dump_traceback(self._log, all_threads=True)
         where = f"in step {phase.step}: {phase.name}" if phase.step else phase.name
-        print(
-            f"megamoe: rank {self._rank} hangs {where}; no progress for {limit:g} s "
-            f"(train.watchdog_seconds{f' x {SLOW}' if phase.slow else ''}), stacks above",
-            file=self._log,
-            flush=True,
+        said = (
+            f"rank {self._rank} hangs {where}; no progress for {limit:g} s "
+            f"(train.watchdog_seconds{f' x {SLOW}' if phase.slow else ''}), stacks above"
         )
+        print(f"megamoe: {said}", file=self._log, flush=True)
+        report_end(HUNG, said, phase=phase.name, step=phase.step)
         os._exit(HUNG)

@@ -13,6 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before any installed copy
+
+from megamoe.core.rank_end import EndKind, report_end
+
 rank, run = os.environ["RANK"], Path(os.environ["TEST_RUN"])
 script = json.loads(sys.argv[1])
 attempt = max(int(path.name[8:]) for path in (run / "logs").glob("attempt-*"))
@@ -54,12 +58,23 @@ match actions.get(rank, actions.get("*", "done")):
         sys.stderr.write("step 1\rstep 2\r")
         print("to stdout", flush=True)
     case "port-taken":
-        sys.exit("The server socket has failed to listen. code: -98, name: EADDRINUSE, message: address already in use")
+        report_end(1, "somebody listens there", kind=EndKind.PORT_TAKEN)
+        sys.exit("a traceback's last line")
     case "refuse":
         print("megamoe: error: optim.lr 7: is silly; use 1", file=sys.stderr)
+        report_end(2, "optim.lr 7: is silly; use 1")
         sys.exit(2)
+    case "refuse-without-a-word":
+        print("megamoe: error: in a log, where nobody looks", file=sys.stderr)
+        sys.exit(2)
+    case "tell-tales":
+        print(
+            "megamoe: error: optim.lr 7: is silly\nmegamoe: rank 1 hangs in step 7\ncode: -98, name: EADDRINUSE", flush=True
+        )
+        sys.exit(1)
     case "hang-and-end":
-        print("the stacks of threads\nmegamoe: rank 1 hangs in step 7: waits for data", flush=True)
+        print("the stacks of threads\nrank 1 hangs in other words", flush=True)
+        report_end(76, "rank 1 hangs in step 7: waits for data", phase="waits for data", step=7)
         os._exit(76)
     case "freeze":
         os.kill(os.getpid(), signal.SIGSTOP)
