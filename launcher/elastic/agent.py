@@ -25,6 +25,7 @@ from launcher.workers.placement import Place, environment, numa_nodes, share_cor
 from launcher.workers.processes import Ranks, caught_signals
 from launcher.workers.rank_group import POLL
 from megamoe.core.exit_status import FAILED
+from megamoe.core.log import say
 from megamoe.core.run_folder import RunFolder
 
 PATIENCE = 300.0  # seconds to wait for a supervisor, also for one that takes the place of a dead one
@@ -273,4 +274,4 @@ def _is_mine(run_dir: Path, invitation: Invitation, node: str) -> bool:
 
 
 def _say(node: str, text: str) -> None:
-    print(f"megamoe: agent on {node}: {text}", file=sys.stderr, flush=True)
+    say(f"agent on {node}: {text}")

@@ -30,8 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STATE = "launch/state.json"
-EVENTS = "launch/events.jsonl"
+from megamoe.core.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -56,14 +55,14 @@ class History:
     """Writes both files of a run. An event is one line, so that a crash leaves whole ones."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
-        (run_dir / "launch").mkdir(parents=True, exist_ok=True)
+        self._folder = RunFolder(run_dir).launch
+        self._folder.path.mkdir(parents=True, exist_ok=True)
         self._last = ""
 
     def event(self, event: str, node: str | None = None, step: int | None = None, **detail: object) -> None:
         """Add an event."""
         line = json.dumps({"time": time.time(), "event": event, "node": node, "step": step, "detail": detail})
-        with (self._run_dir / EVENTS).open("a") as file:
+        with self._folder.events.open("a") as file:
             file.write(line + "\n")
 
     def state(self, state: Mapping[str, object]) -> None:
@@ -71,22 +70,22 @@ class History:
         text = json.dumps(state, indent=1)
         if text != self._last:
             self._last = text
-            temporary = self._run_dir / (STATE + ".tmp")
+            temporary = self._folder.state.with_name(f"{self._folder.state.name}.tmp")
             temporary.write_text(text + "\n")
-            temporary.replace(self._run_dir / STATE)
+            temporary.replace(self._folder.state)
 
 
 def is_over(run_dir: Path) -> bool:
     """Whether the last supervisor of a run has ended it, with no other to come by itself."""
     try:
-        return json.loads((run_dir / STATE).read_text())["phase"] in ("done", "stopped", "failed")
+        return json.loads(RunFolder(run_dir).launch.state.read_text())["phase"] in ("done", "stopped", "failed")
     except FileNotFoundError:
         return False
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """All events of a run in order; none before the first. A line that a crash cut is left out."""
-    path = run_dir / EVENTS
+    path = RunFolder(run_dir).launch.events
     events = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -122,7 +121,7 @@ class FirstStep:
     EVERY = 0.1  # seconds between looks
 
     def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / "metrics.jsonl"
+        self._path = RunFolder(run_dir).metrics
         self._seen = self._look()
         self._looked = 0.0
         self.done = False

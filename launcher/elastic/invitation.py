@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megamoe.core.errors import UserError
-
-FILE = "launch/supervisor.json"
+from megamoe.core.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Invitation:
 
     def write(self, run_dir: Path) -> None:
         """Put it into the run's folder, for this user's eyes only."""
-        path = run_dir / FILE
+        path = RunFolder(run_dir).launch.supervisor
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.unlink(missing_ok=True)
@@ -43,7 +42,7 @@ class Invitation:
     def remove(self, run_dir: Path) -> None:
         """The run needs no agents any more; not if another supervisor has taken over."""
         if read_invitation(run_dir) == self:
-            (run_dir / FILE).unlink(missing_ok=True)
+            RunFolder(run_dir).launch.supervisor.unlink(missing_ok=True)
 
 
 def read_invitation(run_dir: Path) -> Invitation | None:
@@ -52,7 +51,7 @@ def read_invitation(run_dir: Path) -> Invitation | None:
     Raises:
         UserError: the file is somebody else's, who could have this node start what he likes.
     """
-    path = run_dir / FILE
+    path = RunFolder(run_dir).launch.supervisor
     try:
         with path.open() as file:
             owner = os.fstat(file.fileno()).st_uid
@@ -70,7 +69,7 @@ class Pulse:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / "launch/pulse"
+        self._path = RunFolder(run_dir).launch.pulse
 
     def beat(self) -> None:
         """Say that the supervisor is alive; a full disk does not end the run."""

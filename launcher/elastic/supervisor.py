@@ -18,13 +18,13 @@ from launcher.elastic.remote_ranks import Team
 from launcher.elastic.state_file import Report
 from launcher.health.examination import examine
 from launcher.health.node import clock_problem
-from launcher.workers.ending import PEER_GRACE, explain, how, last_words, new_attempt, resume_after
-from launcher.workers.output import Terminal, signal_name
+from launcher.workers.ending import PEER_GRACE, explain, last_words, new_attempt, resume_after
+from launcher.workers.output import Terminal
 from launcher.workers.rank_group import POLL
 from launcher.workers.run_progress import Restarts, RunState, run_state
 from launcher.workers.stop import asked_to_stop, stop_ranks, stop_status
 from megamoe.config import Config
-from megamoe.core.exit_status import FAILED, HUNG, NO_PROGRESS, STOPPED
+from megamoe.core.exit_status import FAILED, HUNG, NO_PROGRESS, STOPPED, how_it_ended, signal_name
 from megamoe.core.rank_end import EndKind
 from megamoe.core.run_folder import AttemptFolder, RunFolder
 from megamoe.parallel.layout import Layout
@@ -247,7 +247,7 @@ class Supervisor:
 
     def _judge_failure(self, ended: _Ended, culprit: tuple[int, int], state: RunState) -> End | str:
         rank, status = culprit
-        self._history.event("failed", node=self._node_of(ended.team, rank), rank=rank, how=how(status))
+        self._history.event("failed", node=self._node_of(ended.team, rank), rank=rank, how=how_it_ended(status))
         explain(ended.team, culprit, ended.frozen, self._terminal)
         first = ended.team.end_of(0)
         taken = first is not None and first.kind is EndKind.PORT_TAKEN

@@ -17,11 +17,11 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from threading import Thread
 from typing import TYPE_CHECKING
 
 from launcher.health.links import Links, slow_links
 from megamoe.config.schema import HealthConfig
+from megamoe.core.child import end_with_parent
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ ENOUGH = 0.2  # seconds of measuring after which another try would tell nothing 
 
 def main() -> None:
     """Test, and write the report."""
-    Thread(target=_end_with_agent, daemon=True).start()
+    end_with_parent(lambda: os.read(0, 1))  # not through sys.stdin, whose lock would be held at exit
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     faulthandler.dump_traceback_later(float(sys.argv[1]), exit=True)  # where it hangs is in the log then
     limits = HealthConfig(seconds=float(sys.argv[1]), slow=float(sys.argv[2]), bandwidth=float(sys.argv[3]))
@@ -50,11 +50,6 @@ def main() -> None:
         print(json.dumps(links.to_json()), flush=True)
     sys.stderr.flush()
     os._exit(0)  # threads of gloo could abort it while the interpreter is taken down, and its node be taken for a bad one
-
-
-def _end_with_agent() -> None:
-    os.read(0, 1)  # not through sys.stdin, whose lock would be held at exit
-    os._exit(1)
 
 
 def partners(nodes: int, rounds: int) -> list[list[tuple[int, int]]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megamoe.config.schema import Config, LaunchConfig, SlurmConfig
 from megamoe.core.errors import UserError
+from megamoe.core.run_folder import RunFolder
 
 Options = list[tuple[str, list[str]]]  # a reason, and the options of sbatch that it is the reason of
 
@@ -159,7 +160,7 @@ def _extra(slurm: SlurmConfig) -> Options:
 
 
 def _output(run_dir: Path, kind: str) -> str:
-    path = str(run_dir / "logs" / kind)
+    path = str(RunFolder(run_dir).logs / kind)
     if "\\" in path or "\n" in path:
         raise UserError(
             f"run.dir {run_dir}: SLURM cannot write a log whose path has a backslash or a line break; rename it"

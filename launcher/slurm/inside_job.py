@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 
 from launcher.elastic.events import History
-from launcher.slurm.request import FOLDER, Request, first_start, forget_job, note_job, noted_jobs
+from launcher.slurm.request import Request, first_start, forget_job, note_job, noted_jobs
 from launcher.slurm.slurm_cluster import SlurmCluster, orphaned
 from launcher.workers.output import Terminal
 from launcher.workers.run_progress import run_state
 from megamoe.config import load_config
 from megamoe.core.errors import UserError
+from megamoe.core.run_folder import RunFolder
 
 
 def supervise_run(run_dir: Path) -> int:
@@ -65,5 +66,5 @@ def _where_the_run_is(run_dir: Path, request: Request) -> str:
     """
     if request.resume in ("auto", "none"):
         return "auto"
-    submitted = (run_dir / FOLDER / "request.json").stat().st_mtime
+    submitted = RunFolder(run_dir).launch.request.stat().st_mtime
     return str(run_state(run_dir, submitted).checkpoint or request.resume)

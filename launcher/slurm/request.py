@@ -11,8 +11,7 @@ from pathlib import Path
 
 from megamoe.core.errors import UserError
 from megamoe.core.files import atomic_file
-
-FOLDER = "launch"
+from megamoe.core.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class Request:
 
     def write(self, run_dir: Path) -> None:
         """Write RUN/launch/request.json; the next start is the first one."""
-        write_json(run_dir / FOLDER / "request.json", dataclasses.asdict(self))
-        (run_dir / FOLDER / "started").unlink(missing_ok=True)
+        write_json(RunFolder(run_dir).launch.request, dataclasses.asdict(self))
+        RunFolder(run_dir).launch.started.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, run_dir: Path) -> Request:
@@ -43,14 +42,14 @@ class Request:
         Raises:
             UserError: nothing was launched there.
         """
-        path = run_dir / FOLDER / "request.json"
+        path = RunFolder(run_dir).launch.request
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             paths = {name: Path(content[name]) for name in ("config", "workdir")}
             return cls(**paths, overrides=tuple(content["overrides"]), resume=content["resume"])
         except FileNotFoundError:
             raise UserError(
-                f"{run_dir}: no launched run (there is no {FOLDER}/request.json); give the folder of one"
+                f"{run_dir}: no launched run (there is no launch/request.json); give the folder of one"
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: cannot be read ({error}); launch the run again") from error
@@ -63,7 +62,7 @@ def first_start(run_dir: Path) -> bool:
     it had come here is still the first, which SLURM's count of restarts does not say.
     """
     try:
-        (run_dir / FOLDER / "started").touch(exist_ok=False)
+        RunFolder(run_dir).launch.started.touch(exist_ok=False)
     except FileExistsError:
         return False
     return True
@@ -73,34 +72,34 @@ def first_start(run_dir: Path) -> bool:
 # NFS each might lose what the other has added.
 def note_job(run_dir: Path, job: str, kind: str) -> None:
     """Keep in RUN/launch/jobs that ``job`` belongs to the run: ``run``, ``next`` (of a chain) or ``helper``."""
-    folder = run_dir / FOLDER / "jobs"
+    folder = RunFolder(run_dir).launch.jobs
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{job}.{kind}").touch()
 
 
 def forget_job(run_dir: Path, job: str) -> None:
     """Take ``job`` out of the list: it is over."""
-    for path in (run_dir / FOLDER / "jobs").glob(f"{job}.*"):
+    for path in RunFolder(run_dir).launch.jobs.glob(f"{job}.*"):
         path.unlink(missing_ok=True)
 
 
 def noted_jobs(run_dir: Path, kinds: Iterable[str] = ("run", "next", "helper")) -> dict[str, str]:
     """Ids of the run's jobs, oldest first, each with its kind; some may be over."""
-    found = [path.name.split(".") for path in (run_dir / FOLDER / "jobs").glob("*.*")]
+    found = [path.name.split(".") for path in RunFolder(run_dir).launch.jobs.glob("*.*")]
     return {job: kind for job, kind in sorted(found, key=lambda item: int(item[0])) if kind in kinds}
 
 
 def excluded_nodes(run_dir: Path) -> dict[str, str]:
     """Nodes that this run does not use any more, each with the reason."""
     with contextlib.suppress(FileNotFoundError):
-        content: dict[str, str] = json.loads((run_dir / FOLDER / "excluded.json").read_text(encoding="utf-8"))
+        content: dict[str, str] = json.loads(RunFolder(run_dir).launch.excluded.read_text(encoding="utf-8"))
         return content
     return {}
 
 
 def exclude_node(run_dir: Path, node: str, why: str) -> None:
     """Add a node to RUN/launch/excluded.json."""
-    write_json(run_dir / FOLDER / "excluded.json", excluded_nodes(run_dir) | {node: why})
+    write_json(RunFolder(run_dir).launch.excluded, excluded_nodes(run_dir) | {node: why})
 
 
 def write_json(path: Path, content: object) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.elastic.events import read_events, recoveries
-from launcher.slurm.request import FOLDER, Request, excluded_nodes
+from launcher.slurm.request import Request, excluded_nodes
 from launcher.slurm.submission import living_jobs
 from launcher.workers.run_progress import run_state
 from megamoe.config import load_config
 from megamoe.core.errors import UserError
+from megamoe.core.run_folder import RunFolder
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
@@ -137,6 +138,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _state(run_dir: Path) -> dict[str, Any] | None:
     with contextlib.suppress(FileNotFoundError, ValueError):
-        content: dict[str, Any] = json.loads((run_dir / FOLDER / "state.json").read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(RunFolder(run_dir).launch.state.read_text(encoding="utf-8"))
         return content
     return None

@@ -14,14 +14,17 @@ from pathlib import Path
 
 from launcher.slurm import durations
 from launcher.slurm.batch_script import agents_command, helper_options, helper_script, node_range
-from launcher.slurm.request import FOLDER, exclude_node, excluded_nodes, forget_job, note_job, noted_jobs
+from launcher.slurm.request import exclude_node, excluded_nodes, forget_job, note_job, noted_jobs
 from launcher.slurm.tools import expand, outside_job, slurm
 from megamoe.config.schema import Config
 from megamoe.core.errors import UserError
+from megamoe.core.retry import Backoff
+from megamoe.core.run_folder import RunFolder
 
 LOOK_EVERY = 15.0  # seconds between looks at the queue while nodes are wished for; sites ask not to do it more often
 AGENT_SECONDS = 60.0  # in which an agent that was started has come; then it counts as absent
 AGENTS_END = 5.0  # seconds
+ASK_AGAIN = Backoff(first=LOOK_EVERY, longest=600.0)  # after a refusal of SLURM
 _WAITING = ("PENDING", "CONFIGURING")
 
 
@@ -156,8 +159,8 @@ class SlurmCluster:
 
     def _refused(self, error: UserError) -> None:
         # Such as a limit on the jobs of a user: may pass, but is no reason to knock every few seconds.
-        self._not_before = time.monotonic() + min(600.0, LOOK_EVERY * 2**self._refusals)
         self._refusals += 1
+        self._not_before = time.monotonic() + ASK_AGAIN.wait(self._refusals)
         if self._refusals == 1:
             self._say(f"no further nodes for now: {error}")
 
@@ -180,7 +183,7 @@ class SlurmCluster:
         left = durations.seconds(slurm(["squeue", "--noheader", f"--jobs={self.job}", "--format=%L"]).strip() or "INVALID")
         options = helper_options(self._settings, self._run_dir, Path.cwd(), count, self._not_on(present), left)
         script = helper_script(options, self._settings, self._run_dir)
-        (self._run_dir / FOLDER / "helper.sh").write_text(script, encoding="utf-8")
+        RunFolder(self._run_dir).launch.helper_script.write_text(script, encoding="utf-8")
         job = slurm(["sbatch", "--parsable"], script, outside_job([each for _, group in options for each in group]))
         job = job.strip().split(";")[0]
         note_job(self._run_dir, job, "helper")
@@ -234,12 +237,12 @@ class SlurmCluster:
     def _present(self) -> set[str]:
         """Nodes whose agents the supervisor has, as it says in RUN/launch/state.json."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            state = json.loads((self._run_dir / FOLDER / "state.json").read_text(encoding="utf-8"))
+            state = json.loads(RunFolder(self._run_dir).launch.state.read_text(encoding="utf-8"))
             return {node["name"] for node in state["nodes"] if node["state"] != "lost"}
         return set()
 
     def _queue_next(self) -> None:
-        script = self._run_dir / FOLDER / "job.sh"
+        script = RunFolder(self._run_dir).launch.job_script
         options = [f"--dependency=afternotok:{self.job}", "--kill-on-invalid-dep=yes"]
         options.append(f"--nodes={node_range(self._settings.launch, again=True)}")
         if excluded := _excluded(self._settings, self._run_dir):

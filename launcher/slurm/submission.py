@@ -12,15 +12,13 @@ import yaml
 from launcher.elastic.layouts import ranks_per_node, team_sizes
 from launcher.slurm.batch_script import job_options, job_script
 from launcher.slurm.checks import check_cluster, check_settings
-from launcher.slurm.request import FOLDER, Request, excluded_nodes, forget_job, note_job, noted_jobs
+from launcher.slurm.request import Request, excluded_nodes, forget_job, note_job, noted_jobs
 from launcher.slurm.tools import outside_job, slurm
 from megamoe.config import Config, load_config
 from megamoe.core.errors import UserError
 from megamoe.core.files import atomic_file
-from megamoe.metrics.metrics_file import METRICS_FILE
+from megamoe.core.run_folder import RunFolder
 from megamoe.parallel.layout import plan_layout
-
-CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -60,20 +58,20 @@ class Submission:
         Raises:
             UserError: the folder cannot be written, or SLURM refuses.
         """
-        folder = self.run_dir / FOLDER
+        run = RunFolder(self.run_dir)
         try:
-            (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)  # SLURM does not make it for its log
+            run.logs.mkdir(parents=True, exist_ok=True)  # SLURM does not make it for its log
         except OSError as error:
             raise UserError(
                 f"run.dir {self.run_dir}: cannot be written ({error.strerror}); choose another run.dir"
             ) from error
         # A config that is edited while the job waits or runs must not change what its next start does.
-        _write(folder / CONFIG_FILE, self.request.config.read_text(encoding="utf-8"))
-        replace(self.request, config=folder / CONFIG_FILE).write(self.run_dir)
-        _write(folder / "job.sh", self.script)
+        _write(run.launch.config, self.request.config.read_text(encoding="utf-8"))
+        replace(self.request, config=run.launch.config).write(self.run_dir)
+        _write(run.launch.job_script, self.script)
         for job in noted_jobs(self.run_dir):
             forget_job(self.run_dir, job)
-        answer = slurm(["sbatch", "--parsable", str(folder / "job.sh")], environment=outside_job(self.options))
+        answer = slurm(["sbatch", "--parsable", str(run.launch.job_script)], environment=outside_job(self.options))
         job = answer.strip().split(";")[0]
         note_job(self.run_dir, job, "run")
         return job
@@ -88,7 +86,7 @@ def new_run(config: Path, overrides: Sequence[str], resume: str) -> Submission:
     request = Request(config.absolute(), tuple(overrides), resume, Path.cwd())
     submission = _prepare(request)
     if resume == "none":
-        metrics = submission.run_dir / METRICS_FILE
+        metrics = RunFolder(submission.run_dir).metrics
         if metrics.exists() and metrics.stat().st_size > 0:
             raise UserError(
                 f"run.dir {submission.run_dir}: holds a run already; go on with it by "

@@ -6,10 +6,10 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 
-from launcher.workers.output import Terminal, last_lines, signal_name
+from launcher.workers.output import Terminal, last_lines
 from launcher.workers.rank_group import RankGroup
 from megamoe.core.errors import UserError
-from megamoe.core.exit_status import HUNG, REQUEST_IS_WRONG
+from megamoe.core.exit_status import HUNG, REQUEST_IS_WRONG, how_it_ended
 from megamoe.core.rank_end import EndKind
 from megamoe.core.run_folder import AttemptFolder, RunFolder
 
@@ -55,12 +55,7 @@ def explain(ranks: RankGroup, culprit: tuple[int, int], frozen: Mapping[int, lis
     else:
         lines = last_lines(ranks.logs[rank])
         said = "; it said nothing" if not lines else "; its last lines:"
-        terminal.say("\n    ".join([f"rank {rank} {how(status)}, log {ranks.logs[rank]}{said}", *lines]))
-
-
-def how(status: int) -> str:
-    """``was killed by SIGKILL``, ``ended with status 1``."""
-    return f"was killed by {signal_name(-status)}" if status < 0 else f"ended with status {status}"
+        terminal.say("\n    ".join([f"rank {rank} {how_it_ended(status)}, log {ranks.logs[rank]}{said}", *lines]))
 
 
 def resume_after(resume: str, checkpoint: Path | None) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 import sys
 import threading
 from pathlib import Path
@@ -74,11 +73,3 @@ def last_lines(log: Path, count: int = 12) -> list[str]:
         file.seek(max(0, log.stat().st_size - 16384))
         text = file.read().decode(errors="replace")
     return [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()][-count:]
-
-
-def signal_name(signum: int) -> str:
-    """``SIGTERM`` for 15."""
-    try:
-        return signal.Signals(signum).name
-    except ValueError:  # the real-time signals have no names
-        return f"signal {signum}"

@@ -6,10 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.workers.ending import how
 from launcher.workers.output import Terminal
 from megamoe.config.schema import LaunchConfig
-from megamoe.core.exit_status import FAILED, NO_PROGRESS, REQUEST_IS_WRONG
+from megamoe.core.exit_status import FAILED, NO_PROGRESS, REQUEST_IS_WRONG, how_it_ended
 from megamoe.core.run_folder import RunFolder
 
 _TAIL = 1 << 20  # bytes; the last records of metrics.jsonl are in them
@@ -73,7 +72,7 @@ class Restarts:
         rank, status = culprit
         if status == REQUEST_IS_WRONG:
             return status
-        self.note(state, f"rank {rank} {how(status)}")
+        self.note(state, f"rank {rank} {how_it_ended(status)}")
         if why := self.stuck():
             terminal.say(f"{why}; the logs are in {run_dir / 'logs'}")
             return NO_PROGRESS

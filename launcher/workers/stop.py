@@ -6,10 +6,10 @@ import signal
 import time
 from collections.abc import Collection
 
-from launcher.workers.output import Terminal, signal_name
+from launcher.workers.output import Terminal
 from launcher.workers.rank_group import POLL, RankGroup
 from launcher.workers.run_progress import RunState
-from megamoe.core.exit_status import STOP_FAILED, STOP_SIGNALS, STOPPED, STOPPED_TWICE
+from megamoe.core.exit_status import STOP_FAILED, STOP_SIGNALS, STOPPED, STOPPED_TWICE, signal_name
 
 # A rank that was killed by such a signal had not yet come as far as to listen to it.
 _AS_ASKED = frozenset({STOPPED, *(-number for number in STOP_SIGNALS)})

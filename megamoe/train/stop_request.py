@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from typing import NoReturn
 
-from megamoe.core.exit_status import STOP_FAILED, STOP_SIGNALS, STOPPED, STOPPED_TWICE
+from megamoe.core.exit_status import STOP_FAILED, STOP_SIGNALS, STOPPED, STOPPED_TWICE, signal_name
+from megamoe.core.log import say
 from megamoe.core.rank_end import report_end
 
 
@@ -59,12 +59,12 @@ class StopRequest:
                     continue
                 interrupts += number == signal.SIGINT
                 if self._starting:
-                    self._end(STOPPED, f"{signal.Signals(number).name} before the first step: nothing to save")
+                    self._end(STOPPED, f"{signal_name(number)} before the first step: nothing to save")
                 if interrupts > 1:
                     self._end(STOPPED_TWICE, "SIGINT again: ends without a save")
                 if not self.asked:
                     self.asked = True
-                    self._say(f"{signal.Signals(number).name}: saves and stops after the next step")
+                    self._say(f"{signal_name(number)}: saves and stops after the next step")
                     threading.Thread(target=self._limit, name="stop-limit", daemon=True).start()
 
     def _limit(self) -> None:
@@ -77,4 +77,4 @@ class StopRequest:
         os._exit(status)  # the main thread cannot be asked: it may be in a collective
 
     def _say(self, text: str) -> None:
-        print(f"megamoe: rank {self._rank}: {text}", file=sys.stderr, flush=True)
+        say(f"rank {self._rank}: {text}")

@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 
 from megamoe.core.exit_status import HUNG
+from megamoe.core.log import say
 from megamoe.core.rank_end import report_end
 
 SLOW = 10
@@ -90,6 +91,6 @@ class Watchdog:
             f"rank {self._rank} hangs {where}; no progress for {limit:g} s "
             f"(train.watchdog_seconds{f' x {SLOW}' if phase.slow else ''}), stacks above"
         )
-        print(f"megamoe: {said}", file=self._log, flush=True)
+        say(said, self._log)
         report_end(HUNG, said, phase=phase.name, step=phase.step)
         os._exit(HUNG)
