@@ -22,8 +22,9 @@ from launcher.elastic.messages import BEAT, Message, Wire, new_nonce, proof, pro
 from launcher.health.probe import Probe
 from launcher.workers.guard import Guard
 from launcher.workers.placement import Place, environment, numa_nodes, share_cores
-from launcher.workers.processes import Ranks, caught_signals
+from launcher.workers.processes import Ranks
 from launcher.workers.rank_group import POLL
+from launcher.workers.stop_signals import StopSignals, caught_signals
 from megamoe.core.exit_status import FAILED
 from megamoe.core.log import say
 from megamoe.core.run_folder import RunFolder
@@ -134,7 +135,7 @@ class _Agent:
             wire.close("no supervisor of this run")
         return None
 
-    def serve(self, wire: Wire, guard: Guard, caught: list[int]) -> int | None:
+    def serve(self, wire: Wire, guard: Guard, caught: StopSignals) -> int | None:
         """Do what the supervisor says until it dismisses this agent; exit status, None when the supervisor is lost."""
         asked, beat = 0, 0.0
         try:
@@ -146,8 +147,8 @@ class _Agent:
                         _say(self._node, f"not wanted: {message.get('why')}")
                         return FAILED
                     self._obey(message, wire, guard)
-                while asked < len(caught):
-                    wire.send("asked", signum=caught[asked])
+                for signum in caught.received[asked:]:
+                    wire.send("asked", signum=signum)
                     asked += 1
                 self._report(wire)
                 now = time.monotonic()

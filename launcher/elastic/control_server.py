@@ -32,7 +32,6 @@ class Node:
         joined: seconds since the epoch.
         gone: why it is lost; empty while it is there.
         asked: signal by which its agent was asked to stop; 0 if it was not.
-        inbox: messages that are for the attempt.
     """
 
     name: str
@@ -43,11 +42,27 @@ class Node:
     joined: float = field(default_factory=time.time)
     gone: str = ""
     asked: int = 0
-    inbox: list[Message] = field(default_factory=list)
+    _inbox: list[Message] = field(default_factory=list, repr=False)
+
+    def put(self, message: Message) -> None:
+        """Keep a message for whoever waits for it."""
+        self._inbox.append(message)
+
+    def take_all(self) -> list[Message]:
+        """Take out all messages, oldest first."""
+        messages, self._inbox = self._inbox, []
+        return messages
+
+    def take(self, verb: str) -> Message | None:
+        """Take out the oldest message of a verb; None when there is none."""
+        for place, message in enumerate(self._inbox):
+            if message["verb"] == verb:
+                return self._inbox.pop(place)
+        return None
 
 
 class Hub:
-    """Listens for agents. Nothing happens but in :meth:`poll`, which has to be called again and again.
+    """Listens for agents. All work happens in :meth:`poll`; call it in a loop.
 
     A node is lost when its connection ends or when it is not heard from for ``timeout`` seconds. Agents take the
     supervisor for lost a little sooner (``patience`` in the welcome), so that the ranks of a node that was cut off are
@@ -55,12 +70,11 @@ class Hub:
 
     Attributes:
         nodes: by name, those that are there.
-        news: (what, node) in the order in which nodes have joined and were lost, for the reader to take out.
     """
 
     def __init__(self, run_dir: Path, job: str, timeout: float, terminal: Terminal) -> None:
         self.nodes: dict[str, Node] = {}
-        self.news: list[tuple[str, Node]] = []
+        self._news: list[tuple[str, Node]] = []
         self._timeout, self._terminal = timeout, terminal
         self._newcomers: dict[Wire, tuple[str, float, float]] = {}
         self._refused: dict[str, str] = {}
@@ -95,6 +109,11 @@ class Hub:
             self._pulse.beat()
             for node in self.nodes.values():
                 node.wire.send("alive")
+
+    def take_news(self) -> list[tuple[str, Node]]:
+        """Take out which nodes have ``joined`` and which were ``lost`` since the last call, oldest first."""
+        news, self._news = self._news, []
+        return news
 
     def address(self, node: Node) -> str:
         """IP address at which the other nodes reach ``node``.
@@ -175,7 +194,7 @@ class Hub:
         self.nodes[name] = Node(
             name, job, [str(each) for each in problems], clock_difference(clock, challenged, time.time()), wire
         )
-        self.news.append(("joined", self.nodes[name]))
+        self._news.append(("joined", self.nodes[name]))
 
     def _take(self, node: Node, message: Message) -> None:
         match message:
@@ -186,7 +205,7 @@ class Hub:
             case {"verb": "output", "text": str(text), "stderr": bool(to_stderr)}:
                 self._terminal.pass_on(text.encode(errors="surrogateescape"), to_stderr)
             case _:
-                node.inbox.append(message)
+                node.put(message)
 
     def _reap(self) -> None:
         now = time.monotonic()
@@ -204,4 +223,4 @@ class Hub:
         node.gone = why
         node.wire.close(why)
         del self.nodes[node.name]
-        self.news.append(("lost", node))
+        self._news.append(("lost", node))

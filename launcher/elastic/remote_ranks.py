@@ -54,7 +54,7 @@ class Team(RankGroup):
         self._ended: dict[int, int] = {}
         self._idle: set[Node] = set()
         for node in self.nodes:
-            node.inbox.clear()  # of earlier attempts
+            node.take_all()  # of earlier attempts
         port = self._port()
         if port is None:
             return  # the first node is lost
@@ -94,8 +94,7 @@ class Team(RankGroup):
     def ended(self) -> Mapping[int, int]:
         """As of all ranks; those of a lost node count as killed."""
         for node in self.nodes:
-            messages, node.inbox[:] = list(node.inbox), []
-            for message in messages:
+            for message in node.take_all():
                 self._take(node, message)
             if node.gone:
                 for rank in self.of_node(node):
@@ -129,10 +128,8 @@ class Team(RankGroup):
         """What ``node`` says to a question; None if it is lost, or silent for ``seconds``."""
         deadline = time.monotonic() + seconds
         while not node.gone and time.monotonic() < deadline:
-            for message in node.inbox:
-                if message["verb"] == verb:
-                    node.inbox.remove(message)
-                    return message
+            if (message := node.take(verb)) is not None:
+                return message
             self._hub.poll(POLL)
         return None
 

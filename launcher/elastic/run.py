@@ -14,18 +14,17 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.elastic.cluster import Cluster
+from launcher.elastic.cluster import Cluster, Wishes
 from launcher.elastic.control_server import Hub
 from launcher.elastic.events import History
 from launcher.elastic.layouts import team_sizes
-from launcher.elastic.node_requests import Wishes
 from launcher.elastic.starts import how_it_begins, in_vain, process_start
 from launcher.elastic.state_file import Report
 from launcher.elastic.supervisor import Request, Supervisor
 from launcher.health.node import room_problem
 from launcher.workers.output import Terminal
-from launcher.workers.processes import caught_signals
 from launcher.workers.run_progress import run_state
+from launcher.workers.stop_signals import caught_signals
 from megamoe.config import Config
 from megamoe.core.errors import UserError
 from megamoe.core.exit_status import NO_PROGRESS, STOPPED

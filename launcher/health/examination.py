@@ -157,8 +157,7 @@ class _Check:
             if self._stop() or any(node.gone for node in nodes):
                 return None
             for node in nodes:
-                messages, node.inbox[:] = list(node.inbox), []
-                for each in messages:
+                for each in node.take_all():
                     if each["verb"] == verb and each.get("check") == check:
                         answers[node] = each
             self._hub.poll(POLL)

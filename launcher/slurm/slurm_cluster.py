@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import subprocess
 import sys
@@ -47,6 +46,7 @@ class SlurmCluster:
         self._goes_on = False
         self._lock = threading.Lock()
         self._wish = 0
+        self._present: frozenset[str] = frozenset()  # nodes whose agents the supervisor has
         self._waiting: tuple[str, list[str]] | None = None  # the helper job that was last changed, and how
         self._refusals = 0
         self._not_before = 0.0  # when to ask again after a refusal
@@ -67,6 +67,11 @@ class SlurmCluster:
             self._start_on(nodes)
         self._looking.start()
         return len(nodes)
+
+    def nodes_present(self, nodes: Collection[str]) -> None:
+        """Take note of the nodes whose agents the supervisor has: they are not asked for again."""
+        with self._lock:
+            self._present = frozenset(nodes)
 
     def ask_for_nodes(self, count: int) -> None:
         """Bring ``count`` further agents: on nodes of this job whose agent has ended, the rest by a helper job.
@@ -143,7 +148,7 @@ class SlurmCluster:
         if not self._wish:
             self._cancel(waiting)
             return
-        present = self._present()
+        present = self._present
         came = [node for job, (_, nodes) in helpers.items() if job not in waiting for node in nodes]
         lacking = self._wish - len([node for node in came if node not in present])
         lacking -= self._start_absent(present, lacking)
@@ -233,13 +238,6 @@ class SlurmCluster:
     def _nodes(self) -> list[str]:
         """Nodes of this job as SLURM counts them now; the variables of the job keep what was at its start."""
         return expand(slurm(["squeue", "--noheader", f"--jobs={self.job}", "--format=%N"]).strip())
-
-    def _present(self) -> set[str]:
-        """Nodes whose agents the supervisor has, as it says in RUN/launch/state.json."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            state = json.loads(RunFolder(self._run_dir).launch.state.read_text(encoding="utf-8"))
-            return {node["name"] for node in state["nodes"] if node["state"] != "lost"}
-        return set()
 
     def _queue_next(self) -> None:
         script = RunFolder(self._run_dir).launch.job_script

@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from launcher.workers.guard import Guard, kill_groups
 from launcher.workers.output import Output, Tee
 from launcher.workers.placement import Place, environment
 from launcher.workers.rank_group import RankGroup
-from megamoe.core.exit_status import STOP_SIGNALS
 from megamoe.core.rank_end import END_VARIABLE
 from megamoe.core.run_folder import AttemptFolder
 
@@ -148,19 +146,3 @@ def free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
-
-
-@contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Collect what asks to stop in a list in place of dying from it. Under nohup SIGHUP stays ignored."""
-    caught: list[int] = []
-    before = {}
-    for signum in (*STOP_SIGNALS, signal.SIGHUP):
-        if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
-            before[signum] = signal.signal(signum, lambda number, _: caught.append(number))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, before)  # one that came while this process was starting comes now
-    try:
-        yield caught
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher.workers.output import Terminal
 from megamoe.config.schema import LaunchConfig
 from megamoe.core.exit_status import FAILED, NO_PROGRESS, REQUEST_IS_WRONG, how_it_ended
 from megamoe.core.run_folder import RunFolder
@@ -38,6 +37,7 @@ def run_state(run_dir: Path, launched: float) -> RunState:
     return RunState(reached, saved, written.get(saved))
 
 
+@dataclass(frozen=True)
 class Restarts:
     """Counts restarts and says when to give up.
 
@@ -46,63 +46,69 @@ class Restarts:
     what it does is lost again.
 
     Attributes:
+        limits: how many of each are allowed.
         count: restarts since the last new checkpoint.
+        furthest: the last step that was ever reached; None before the end of the first attempt.
+        saved: step of the newest checkpoint.
+        ends: how the attempt that came furthest ended, and all since.
     """
 
-    def __init__(self, limits: LaunchConfig) -> None:
-        self._limits = limits
-        self._furthest: int | None = None
-        self._saved = 0
-        self._ends: list[str] = []  # how the attempt that came furthest ended, and all since
-        self.count = 0
+    limits: LaunchConfig
+    count: int = 0
+    furthest: int | None = None
+    saved: int = 0
+    ends: tuple[str, ...] = ()
 
-    def after(self, state: RunState, culprit: tuple[int, int], what: str, run_dir: Path, terminal: Terminal) -> int | None:
-        """A rank has failed: count it, and say that ``what`` comes now, or why nothing does.
+    def after(self, state: RunState, culprit: tuple[int, int], what: str, run_dir: Path) -> Verdict:
+        """Judge whether to start the ranks again after one has failed.
 
         Args:
             state: how far the run has come.
             culprit: the rank that failed, with its exit status.
             what: would be started.
             run_dir: the run's folder.
-            terminal: to say it to.
-
-        Returns:
-            Exit status of the launcher; None when it is to restart the ranks.
         """
         rank, status = culprit
         if status == REQUEST_IS_WRONG:
-            return status
-        self.note(state, f"rank {rank} {how_it_ended(status)}")
-        if why := self.stuck():
-            terminal.say(f"{why}; the logs are in {run_dir / 'logs'}")
-            return NO_PROGRESS
-        if not self.left():
-            terminal.say(f"giving up after {self.count} restarts since the last checkpoint (launch.max_restarts)")
-            return FAILED
-        self.count += 1
-        limit = self._limits.max_restarts
-        terminal.say(f"restart {self.count} of at most {limit} since the last checkpoint: {what}")
-        return None
+            return Verdict(self, status)
+        noted = self._note(state, f"rank {rank} {how_it_ended(status)}")
+        if why := noted._stuck():
+            return Verdict(noted, NO_PROGRESS, f"{why}; the logs are in {RunFolder(run_dir).logs}")
+        limit = self.limits.max_restarts
+        if noted.count >= limit:
+            words = f"giving up after {noted.count} restarts since the last checkpoint (launch.max_restarts)"
+            return Verdict(noted, FAILED, words)
+        again = replace(noted, count=noted.count + 1)
+        return Verdict(again, None, f"restart {again.count} of at most {limit} since the last checkpoint: {what}")
 
-    def note(self, state: RunState, how: str) -> None:
-        """An attempt has ended at ``state``, since ``how``."""
-        if self._furthest is None or state.reached > self._furthest:
-            self._furthest, self._ends = state.reached, []
-        self._ends.append(how)
-        if state.saved > self._saved:
-            self._saved, self.count = state.saved, 0
+    def _note(self, state: RunState, how: str) -> Restarts:
+        """Add an attempt that has ended at ``state``."""
+        further = self.furthest is None or state.reached > self.furthest
+        noted = replace(self, furthest=state.reached, ends=(how,)) if further else replace(self, ends=(*self.ends, how))
+        return replace(noted, saved=state.saved, count=0) if state.saved > self.saved else noted
 
-    def stuck(self) -> str | None:
-        """What to say if restarts have brought the run no further."""
-        restarts = len(self._ends) - 1
-        if restarts < self._limits.max_restarts_without_progress:
+    def _stuck(self) -> str | None:
+        """Say that restarts have brought the run no further, if so."""
+        restarts = len(self.ends) - 1
+        if restarts < self.limits.max_restarts_without_progress:
             return None
         times = "a restart" if restarts == 1 else f"{restarts} restarts in a row"
-        return f"no progress: {times} came no further than step {self._furthest} ({', then '.join(self._ends)})"
+        return f"no progress: {times} came no further than step {self.furthest} ({', then '.join(self.ends)})"
 
-    def left(self) -> bool:
-        """Whether one more is allowed."""
-        return self.count < self._limits.max_restarts
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether to start the ranks again.
+
+    Attributes:
+        restarts: the counts from now on.
+        status: exit status of the launcher; None when the ranks are to be started again.
+        words: what to say; empty when all is said.
+    """
+
+    restarts: Restarts
+    status: int | None
+    words: str = ""
 
 
 def _last_step(metrics: Path) -> int:

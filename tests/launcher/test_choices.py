@@ -60,16 +60,18 @@ def test_nodes_are_numbered_as_people_count() -> None:
 
 
 def test_losses_have_an_end_unless_the_run_comes_further() -> None:
-    losses = Losses(LaunchConfig(nodes=2, max_restarts=1))
-    assert losses.note(["a"], RunState(5, 0, None)) == []
-    assert losses.note(["a"], RunState(9, 0, None)) == ["a"]  # twice, and no checkpoint
-    assert losses.note(["b"], RunState(12, 10, Path("step-10"))) == []
-    assert losses.note(["b"], RunState(22, 20, Path("step-20"))) == []
+    losses = Losses(LaunchConfig(nodes=2, max_restarts=1)).after(["a"], RunState(5, 0, None))
+    assert not losses.too_often("a")
+    losses = losses.after(["a"], RunState(9, 0, None))
+    assert losses.too_often("a") and not losses.too_often("b")  # twice, and no checkpoint
+    losses = losses.after(["b"], RunState(12, 10, Path("step-10")))
+    assert not losses.too_often("b") and not losses.too_often("a")
+    losses = losses.after(["b"], RunState(22, 20, Path("step-20")))
+    assert not losses.too_often("b")
     for _ in range(2):
-        losses.note(["c"], RunState(22, 20, None))
+        losses = losses.after(["c"], RunState(22, 20, None))
         assert losses.stuck() is None
-    losses.note(["d"], RunState(22, 20, None))
-    assert losses.stuck() is not None
+    assert losses.after(["d"], RunState(22, 20, None)).stuck() is not None
 
 
 def write(run: Path, *events: tuple[float, str, int | None, dict[str, object]]) -> None:

@@ -13,15 +13,21 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before any installed copy
-
-from megamoe.core.rank_end import EndKind, report_end
-
 rank, run = os.environ["RANK"], Path(os.environ["TEST_RUN"])
 script = json.loads(sys.argv[1])
 attempt = max(int(path.name[8:]) for path in (run / "logs").glob("attempt-*"))
 with (run / f"seen-{attempt}-{rank}.json").open("w") as file:
     json.dump({"argv": sys.argv[2:], "env": dict(os.environ), "pid": os.getpid()}, file)
+
+
+def report(status: int, message: str, **rest: object) -> None:
+    """Report how this rank ends, as a real one does."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before any installed copy
+    from megamoe.core.rank_end import EndKind, report_end  # not sooner: what is seen above is not to wait for it
+
+    if "kind" in rest:
+        rest["kind"] = EndKind(rest["kind"])
+    report_end(status, message, **rest)
 
 
 def train() -> None:
@@ -58,11 +64,11 @@ match actions.get(rank, actions.get("*", "done")):
         sys.stderr.write("step 1\rstep 2\r")
         print("to stdout", flush=True)
     case "port-taken":
-        report_end(1, "somebody listens there", kind=EndKind.PORT_TAKEN)
+        report(1, "somebody listens there", kind="port_taken")
         sys.exit("a traceback's last line")
     case "refuse":
         print("megamoe: error: optim.lr 7: is silly; use 1", file=sys.stderr)
-        report_end(2, "optim.lr 7: is silly; use 1")
+        report(2, "optim.lr 7: is silly; use 1")
         sys.exit(2)
     case "refuse-without-a-word":
         print("megamoe: error: in a log, where nobody looks", file=sys.stderr)
@@ -74,7 +80,7 @@ match actions.get(rank, actions.get("*", "done")):
         sys.exit(1)
     case "hang-and-end":
         print("the stacks of threads\nrank 1 hangs in other words", flush=True)
-        report_end(76, "rank 1 hangs in step 7: waits for data", phase="waits for data", step=7)
+        report(76, "rank 1 hangs in step 7: waits for data", phase="waits for data", step=7)
         os._exit(76)
     case "freeze":
         os.kill(os.getpid(), signal.SIGSTOP)
