@@ -1,7 +1,7 @@
-"""Starts, signals and ends the ranks of one node, as the supervisor tells it.
+"""The agent of a node: starts, signals and ends the node's ranks as the supervisor tells it.
 
-The agent obeys a handful of verbs and nothing else: what it starts is its own command with a config's path, settings and
-numbers. When the supervisor is gone it ends its ranks at once: nobody would restart them, and another attempt may
+The agent obeys a handful of verbs and nothing else. What it starts is its own command with a config's path, settings
+and numbers. When the supervisor is gone it ends its ranks at once: nobody would restart them, and another attempt may
 begin elsewhere.
 """
 
@@ -94,7 +94,7 @@ def run_agent(
 
 
 class _Agent:
-    """What serves one supervisor after the other."""
+    """Serves one supervisor after the other."""
 
     def __init__(
         self, run_dir: Path, node: str, job: str, command: Sequence[str], checks: Callable[[], Sequence[str]]
@@ -109,7 +109,7 @@ class _Agent:
         self.tolerance = 0.0
 
     def join(self, invitation: Invitation) -> Wire | None:
-        """Come to the supervisor; None when it cannot be reached, or is not the one that wrote the invitation."""
+        """Join the supervisor; None when it cannot be reached, or is not the one that wrote the invitation."""
         for host in invitation.hosts:
             try:
                 wire = Wire(socket.create_connection((host, invitation.port), timeout=KNOCK))
@@ -136,7 +136,7 @@ class _Agent:
         return None
 
     def serve(self, wire: Wire, guard: Guard, caught: StopSignals) -> int | None:
-        """Do what the supervisor says until it dismisses this agent; exit status, None when the supervisor is lost."""
+        """Obey the supervisor until it dismisses this agent; return the exit status, None when the supervisor is lost."""
         asked, beat = 0, 0.0
         try:
             while not wire.closed:
@@ -222,7 +222,7 @@ class _Agent:
         self._reported = set()
 
     def _reserve_port(self) -> int:
-        """A port for rank 0, which nobody else gets before it listens there.
+        """Reserve a port for rank 0, which nobody else gets before rank 0 listens there.
 
         It stays bound here without being listened on. Rank 0 may still bind it, as both set SO_REUSEADDR, while the
         system gives it to no other process that asks for any port.
@@ -237,7 +237,7 @@ class _Agent:
 
 
 class _Passed:
-    """Rank 0's output on its way to the supervisor's terminal."""
+    """Sends rank 0's output to the supervisor's terminal."""
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
@@ -250,7 +250,7 @@ class _Passed:
 
 
 def _is_dead(run_dir: Path, invitation: Invitation, wait: float) -> bool:
-    """Whether the supervisor's pulse stops for ``wait`` seconds. Else it is only the way to it that is cut."""
+    """Return whether the supervisor's pulse stops for ``wait`` seconds; if it goes on, only the network to it is cut."""
     pulse = Pulse(run_dir)
     last, since = pulse.read(), time.monotonic()
     while time.monotonic() - since < wait:
@@ -261,7 +261,7 @@ def _is_dead(run_dir: Path, invitation: Invitation, wait: float) -> bool:
 
 
 def _is_mine(run_dir: Path, invitation: Invitation, node: str) -> bool:
-    """Whether this agent is the one that acts for all: the first to claim it.
+    """Return whether this agent is the first to claim the right to act for all.
 
     Not simply the one with the lowest name: that is most often on the host that died with the supervisor.
     """

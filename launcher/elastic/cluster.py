@@ -1,4 +1,4 @@
-"""Whoever gives out nodes: SLURM, or local processes in tests; and how the supervisor asks without waiting for answers."""
+"""The interface to whoever gives out nodes (SLURM, or local processes in tests), and a queue of requests to it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Cluster(Protocol):
 
 
 class Wishes:
-    """What is asked of the cluster while ranks are at work, from a thread, since an answer may take many seconds.
+    """Asks the cluster from a thread of its own, since an answer may take many seconds while ranks are at work.
 
     Use as a context manager: on the way out all that was asked has been done.
     """
@@ -86,13 +86,13 @@ class Wishes:
             self._thread.submit(self._try, "told of its nodes", lambda: self._cluster.nodes_present(names))
 
     def nodes(self, count: int) -> None:
-        """Wish for so many further nodes."""
+        """Ask for so many further nodes."""
         if count != self._wanted:
             self._wanted = count
             self._thread.submit(self._try, "asked for nodes", lambda: self._cluster.ask_for_nodes(count))
 
     def exclude(self, node: str, why: str) -> None:
-        """Wish never to see this node again."""
+        """Ask never to get this node again."""
         self._thread.submit(self._try, f"told to exclude {node}", lambda: self._cluster.exclude(node, why))
 
     def _try(self, what: str, call: Callable[[], None]) -> None:

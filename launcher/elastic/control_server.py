@@ -1,4 +1,4 @@
-"""The supervisor's control port: agents come to it, prove that they belong to the run, and are heard from."""
+"""The supervisor's control port: agents join here, prove that they belong to the run, and report."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Hub:
         return news
 
     def address(self, node: Node) -> str:
-        """IP address at which the other nodes reach ``node``.
+        """Return the IP address at which the other nodes reach ``node``.
 
         That is where its connection comes from. An agent on our own host may have come by any of the host's addresses,
         a bridge of containers for one; then it is the address that agents on other hosts have come to.
@@ -129,19 +129,19 @@ class Hub:
         return theirs
 
     def refuse(self, name: str, why: str) -> None:
-        """The node of this name takes no part any more, also when it comes again."""
+        """Turn away the node of this name, now and whenever it comes again."""
         self._refused[name] = why
         if node := self.nodes.get(name):
             node.wire.send("refused", why=why)
             self._lose(node, why)
 
     def dismiss(self, node: Node, why: str) -> None:
-        """This node's agent is to end; another of that name is welcome."""
+        """End this node's agent; another one of that name is welcome."""
         node.wire.send("bye")
         self._lose(node, why)
 
     def close(self) -> None:
-        """Dismiss all agents, which end their ranks; nobody finds this supervisor any more."""
+        """Dismiss all agents, which then end their ranks, and take the invitation away."""
         self._invitation.remove(self._run_dir)
         for node in self.nodes.values():
             node.wire.send("bye")

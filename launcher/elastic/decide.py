@@ -69,7 +69,7 @@ def decide(state: State, event: Event) -> Decision:
 
 
 def change_of(state: State, nodes: Sequence[Candidate], now: float) -> str | None:
-    """Why the ranks should save and start again on other nodes: ``leave``, ``grow``, or not at all."""
+    """Say why the ranks should save and start again on other nodes: ``leave``, ``grow``, or None."""
     at_work = [node for node in nodes if node.works]
     if any(node.asked for node in at_work):
         return "leave"

@@ -1,11 +1,11 @@
-"""What a run over nodes tells about itself: RUN/launch/state.json now, RUN/launch/events.jsonl since its beginning.
+"""What a run over nodes records about itself: RUN/launch/state.json (now) and RUN/launch/events.jsonl (its history).
 
 An event is {"time": seconds since the epoch, "event": what, "node": name or null, "step": number or null, "detail": {...}}.
 
     supervisor  one has started on `detail.host`, in job `detail.job`; its process at `detail.started`
     orphaned    an agent has had the run started again, since its supervisor is dead
     joined      a node's agent has come; detail.job
-    excluded    a node is not to be used any more; detail.why
+    excluded    a node is no longer used; detail.why
     lost        a node is gone; detail.why
     failed      a rank has ended; detail.rank, detail.how
     measured    the links between nodes were; detail: nodes, all_reduce_gbit, told (what is slow)
@@ -13,7 +13,7 @@ An event is {"time": seconds since the epoch, "event": what, "node": name or nul
                 rank, hang, port, spare, back (a node that was lost is there again), shrink, grow, leave (a node was taken
                 away with a warning), again (the run was started again), host (its supervisor had died). `since` is the
                 time at which that was noticed.
-    step        the first step of an attempt is in the metrics (of very short ones perhaps the second)
+    step        the first step of an attempt is in the metrics (perhaps the second, where steps are very short)
     ended       all ranks of an attempt have ended; detail.statuses
     stop        asked to stop by detail.signal; what follows is the saving
     again       the cluster was asked to start the run again; detail.why, detail.accepted
@@ -35,7 +35,7 @@ from megamoe.core.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Recovery:
-    """From a fault that was noticed to the first step after it.
+    """The time from a fault to the first step after it.
 
     Attributes:
         kind: as of the attempt.
@@ -66,7 +66,7 @@ class History:
             file.write(line + "\n")
 
     def state(self, state: Mapping[str, object]) -> None:
-        """Replace the state, if it is another."""
+        """Replace the state if it has changed."""
         text = json.dumps(state, indent=1)
         if text != self._last:
             self._last = text
@@ -76,7 +76,7 @@ class History:
 
 
 def is_over(run_dir: Path) -> bool:
-    """Whether the last supervisor of a run has ended it, with no other to come by itself."""
+    """Return whether the last supervisor of a run has ended it, with no other to come by itself."""
     try:
         return json.loads(RunFolder(run_dir).launch.state.read_text())["phase"] in ("done", "stopped", "failed")
     except FileNotFoundError:
@@ -84,7 +84,7 @@ def is_over(run_dir: Path) -> bool:
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """All events of a run in order; none before the first. A line that a crash cut is left out."""
+    """Return all events of a run in order. A line that a crash cut short is skipped."""
     path = RunFolder(run_dir).launch.events
     events = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -94,7 +94,7 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def recoveries(run_dir: Path) -> list[Recovery]:
-    """How long each fault of a run has stopped it, in order; those that were followed by the next before any step: not."""
+    """Return how long each fault has stopped a run, in order; skip a fault that the next one followed before any step."""
     found = []
     start: dict[str, Any] | None = None
     waited, before = 0.0, 0.0
@@ -127,7 +127,7 @@ class FirstStep:
         self.done = False
 
     def came(self) -> bool:
-        """Whether it has come since the last call; True once."""
+        """Return True once, at the first call after the step has come."""
         if self.done or time.monotonic() - self._looked < self.EVERY:
             return False
         self._looked = time.monotonic()
@@ -136,7 +136,7 @@ class FirstStep:
         return self.done
 
     def _look(self) -> tuple[int, int]:
-        """(inode, size); a file that is not there yet is as good as an empty one."""
+        """Return (inode, size); a file that is not there yet counts as an empty one."""
         try:
             with self._path.open("rb") as file:  # opened, as a network file system shows a new size only then
                 file.seek(0, 2)

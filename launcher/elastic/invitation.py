@@ -30,7 +30,7 @@ class Invitation:
     job: str
 
     def write(self, run_dir: Path) -> None:
-        """Put it into the run's folder, for this user's eyes only."""
+        """Write it into the run's folder, readable by this user alone."""
         path = RunFolder(run_dir).launch.supervisor
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -40,13 +40,13 @@ class Invitation:
         temporary.replace(path)
 
     def remove(self, run_dir: Path) -> None:
-        """The run needs no agents any more; not if another supervisor has taken over."""
+        """Remove it from the run's folder, unless another supervisor has taken over."""
         if read_invitation(run_dir) == self:
             RunFolder(run_dir).launch.supervisor.unlink(missing_ok=True)
 
 
 def read_invitation(run_dir: Path) -> Invitation | None:
-    """The invitation of a run's supervisor; None when there is none.
+    """Read the invitation of a run's supervisor; None when there is none.
 
     Raises:
         UserError: the file is somebody else's, who could have this node start what he likes.
@@ -77,7 +77,7 @@ class Pulse:
             self._path.write_text(f"{time.time()}\n")
 
     def read(self) -> str:
-        """What the last beat has written; empty if there was none."""
+        """Return what the last beat has written; empty if there was none."""
         try:
             return self._path.read_text()
         except OSError:

@@ -1,4 +1,4 @@
-"""Who works and who stands by: the choice among the nodes that are there, and how often one may be lost."""
+"""Choose which nodes work and which stand by, and count how often each is lost."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Losses:
         return Losses(self.limits, counts, saved, furthest, in_a_row + len(names))
 
     def too_often(self, name: str) -> bool:
-        """Whether a node is not to be taken again."""
+        """Return whether a node was lost too often to be taken again."""
         return self.of_node.get(name, 0) > self.limits.max_restarts
 
     def stuck(self) -> str | None:

@@ -83,16 +83,16 @@ class Team(RankGroup):
             self.pause(POLL)
 
     def lost(self) -> list[Node]:
-        """The nodes that were lost since the start."""
+        """Return the nodes that were lost since the start."""
         return [node for node in self.nodes if node.gone]
 
     def of_node(self, node: Node) -> range:
-        """The ranks of one of the nodes."""
+        """Return the ranks of one of the nodes."""
         first = self.nodes.index(node) * self._ranks
         return range(first, first + self._ranks)
 
     def ended(self) -> Mapping[int, int]:
-        """As of all ranks; those of a lost node count as killed."""
+        """As in the base class; the ranks of a lost node count as killed."""
         for node in self.nodes:
             for message in node.take_all():
                 self._take(node, message)
@@ -113,7 +113,7 @@ class Team(RankGroup):
         return found
 
     def pause(self, seconds: float) -> None:
-        """Hear what the agents say."""
+        """Take in what the agents say for so long."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             self._hub.poll(left)
@@ -125,7 +125,7 @@ class Team(RankGroup):
         return None if answer is None else int(answer["port"])
 
     def _answer(self, node: Node, verb: str, seconds: float) -> Message | None:
-        """What ``node`` says to a question; None if it is lost, or silent for ``seconds``."""
+        """Wait for the answer of ``node`` to a question; None if it is lost, or silent for ``seconds``."""
         deadline = time.monotonic() + seconds
         while not node.gone and time.monotonic() < deadline:
             if (message := node.take(verb)) is not None:

@@ -1,10 +1,12 @@
-"""Runs a training on many nodes, from the batch host: decides who works, and what happens when one is lost.
+"""Run a training on many nodes from the batch host.
 
-What may happen, the cheapest first: a rank dies or hangs, and all ranks start again on the same nodes. A node is lost:
-one that stands by takes its place, or else the run goes on with the nodes that are left, in another layout. A node comes:
-the ranks save at once and stop, and all start on more nodes. They do not wait for the next regular checkpoint: a save
-costs seconds, a regular checkpoint may be an hour away, and until then the node would stand idle; no step is lost either
-way. Too few nodes are left: the cluster starts the run again.
+What may happen, the cheapest first:
+
+* A rank dies or hangs: all ranks start again on the same nodes.
+* A node is lost: one that stands by takes its place; without one, the run resumes on the remaining nodes in another layout.
+* A node comes: the ranks save at once and stop, and all start on more nodes. They do not wait for the next regular
+  checkpoint, which may be an hour away, while a save costs seconds. No step is lost either way.
+* Too few nodes are left: the cluster starts the run again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the supervisor remembers, what can happen to it, and what it can do: the words of :mod:`launcher.elastic.decide`."""
+"""The supervisor's state, events and actions, which :mod:`launcher.elastic.decide` connects."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class Supervisor:
         self._measured: set[Node] = set()
 
     def run(self, expected: int, kind: str, since: float) -> Finish:
-        """One attempt after the other; the first waits for ``expected`` agents.
+        """Run one attempt after the other until the run is over.
 
         Args:
             expected: agents that the cluster has started.
@@ -129,14 +129,16 @@ class Supervisor:
         self._state = State(rules, kind, Restarts(self._limits), Losses(self._limits))
         self._seen = 0  # of the signals that were caught
         action: Action = Gather()
+        chosen: list[Node] = []
         while True:
             match action:
                 case Finish():
                     return action
                 case Examine(names):
-                    action = self._examine(names)
-                case Start(names, kind):
-                    attempt = self._attempt([self._hub.nodes[name] for name in names], kind, since)
+                    chosen = [self._hub.nodes[name] for name in names]
+                    action = self._examine(chosen)
+                case Start(_, kind):
+                    attempt = self._attempt(chosen, kind, since)  # one that is lost already ends it at once
                     since = attempt.noticed
                     action = self._judge(attempt)
                 case StopBetween():
@@ -179,12 +181,11 @@ class Supervisor:
                 return action
             self._hub.poll(POLL)
 
-    def _examine(self, names: Sequence[str]) -> Action:
+    def _examine(self, nodes: list[Node]) -> Action:
         """Check whether these nodes are fit to work together."""
-        health = self._limits.health
+        health, names = self._limits.health, tuple(node.name for node in nodes)
         if health.check == "off":
-            return self._decide(Examined(tuple(names), sound=True))
-        nodes = [self._hub.nodes[name] for name in names]
+            return self._decide(Examined(names, sound=True))
         # With those that stand by: one that takes a lost node's place is not measured then.
         wanted = [*nodes, *(node for node in self._hub.nodes.values() if not node.asked and node not in nodes)]
         measure = health.check == "full" and not self._measured.issuperset(nodes)
@@ -197,7 +198,7 @@ class Supervisor:
             measured = [node.name for node in wanted]
             self._history.event("measured", nodes=measured, all_reduce_gbit=found.all_reduce, told=found.told)
         bad = tuple((node.name, why) for node, why in found.bad if node.name in self._hub.nodes)
-        return self._decide(Examined(tuple(names), found.complete and not found.bad, bad))
+        return self._decide(Examined(names, found.complete and not found.bad, bad))
 
     def _attempt(self, nodes: list[Node], kind: str, since: float) -> _Attempt:
         layout = choose_layout(self._settings, len(nodes) * ranks_per_node(self._settings))
@@ -242,7 +243,7 @@ class Supervisor:
         return Working(team.running(), bool(team.lost()), self._candidates(), time.time())
 
     def _stop(self, team: Team, close: Close) -> bool:
-        """Have the ranks save and end; whether all have done so by themselves."""
+        """Have the ranks save and end; return whether all have ended by themselves."""
         if close.stop:
             self._note_stop()
             self._terminal.say(stop_words(self._signals()))
@@ -274,7 +275,7 @@ class Supervisor:
         return self._carry_out(decision)
 
     def _signals(self) -> list[int]:
-        """What asks the run to stop: signals to this process and to agents, oldest first."""
+        """Return the signals to this process and to agents that ask the run to stop, oldest first."""
         return [*(told.number for told in self._state.signals), *self._caught.received[self._seen :]]
 
     def _note_stop(self) -> None:
@@ -282,7 +283,7 @@ class Supervisor:
         self._history.event("stop", signal=signal_name(signals[0]) if signals else None)
 
     def _await_same_signal(self) -> None:
-        """A signal for the whole job reaches the agents, perhaps, before it reaches this process: wait for that."""
+        """Wait for a signal to the whole job, which may have reached the agents before this process."""
         deadline = time.monotonic() + SAME_SIGNAL
         while not self._caught and time.monotonic() < deadline:
             self._hub.poll(POLL)

@@ -1,4 +1,4 @@
-"""Whether the processes of a group can connect with each other, each with each, before anything else relies on it.
+"""Check that all processes of a group can connect with each other, before anything else relies on it.
 
 Plain TCP and the standard library: it is there in a tenth of a second, and names the pair that cannot connect, where a
 rendezvous of torch waits in silence. All come to rank 0, which tells everyone where the others listen.
@@ -142,7 +142,7 @@ class _Line:
         self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, seconds: float) -> dict[str, Any]:
-        """The next message.
+        """Return the next message.
 
         Raises:
             OSError: none comes within ``seconds`` of silence, or the other has gone.

@@ -1,4 +1,4 @@
-"""Runs a training on this machine: N processes, restarted together from the last checkpoint when one dies or hangs."""
+"""Run a training on this machine: N processes, restarted together from the last checkpoint when one dies or hangs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def launch_local(
         limits: how often to restart, and how long the ranks have to save when they are stopped.
         run_dir: the run's folder (``config.run.folder``).
         command: what to start in place of this Python's ``megamoe``.
-        watchdog_seconds: all ranks stopped (SIGSTOP) for so long are a hang; 0: they may be for ever.
+        watchdog_seconds: all ranks stopped (SIGSTOP) for so long are a hang; 0: never.
 
     Returns:
         Exit status: 0 all ranks are done; 2 a rank said that the request is wrong, its line is on stderr; 75 stopped,

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a job before it is submitted, each in one line with the remedy."""
+"""Find what is wrong with a job before it is submitted; each fault is one line with its remedy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ABOUT = {
 
 
 def check_settings(launch: LaunchConfig) -> None:
-    """Settings that contradict each other; needs no SLURM.
+    """Refuse settings that contradict each other; needs no SLURM.
 
     Raises:
         UserError: they do.
@@ -51,7 +51,7 @@ def check_settings(launch: LaunchConfig) -> None:
 
 
 def check_cluster(settings: Config, script: str, options: Sequence[str]) -> None:
-    """Whether SLURM would take the job; asks the cluster, and submits nothing.
+    """Ask the cluster whether it would take the job; nothing is submitted.
 
     Raises:
         UserError: there is no SLURM here, or it would not.

@@ -1,4 +1,4 @@
-"""Shows the end of a log, and what is added to it."""
+"""Show the end of a log, and what is added to it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TAIL = 1 << 20  # bytes in which the last lines are looked for
 
 
 def newest_log(run_dir: Path, rank: int | None) -> Path | None:
-    """The log of a run's newest job, or of a rank in its newest attempt; None when there is none yet.
+    """Return the log of a run's newest job, or of a rank in its newest attempt; None when there is none yet.
 
     Raises:
         UserError: there is no such run, or no such rank in it.
@@ -36,7 +36,7 @@ def newest_log(run_dir: Path, rank: int | None) -> Path | None:
 
 
 def show_log(find: Callable[[], Path | None], lines: int, follow: bool, out: BinaryIO) -> None:
-    """Write the last ``lines`` of the log that ``find`` gives; then, for ever, what is added to it or to its successor.
+    """Write the last ``lines`` of the log that ``find`` gives; then follow it, and its successors, until interrupted.
 
     Raises:
         UserError: there is no log, and ``follow`` is not asked for.

@@ -1,4 +1,4 @@
-"""Inside a job of SLURM: what its batch script runs, and what runs on each of its nodes."""
+"""Entry points inside a SLURM job: the supervisor in its batch script, and the agent on each of its nodes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megamoe.core.run_folder import RunFolder
 
 
 def supervise_run(run_dir: Path) -> int:
-    """Supervise the run that RUN/launch/request.json asks for, with the nodes of this job; its exit status.
+    """Supervise the run that RUN/launch/request.json asks for, with the nodes of this job; return its exit status.
 
     Raises:
         UserError: this is no job of SLURM, or the request is wrong.
@@ -39,7 +39,7 @@ def supervise_run(run_dir: Path) -> int:
 
 
 def serve_run(run_dir: Path, node: str) -> int:
-    """Serve the supervisor of the run on ``node``; the exit status."""
+    """Serve the supervisor of the run on ``node``; return the exit status."""
     from launcher.elastic.agent import run_agent
     from launcher.health.node import node_problems
 
@@ -59,7 +59,7 @@ def serve_run(run_dir: Path, node: str) -> int:
 
 
 def _where_the_run_is(run_dir: Path, request: Request) -> str:
-    """What a later start of the job goes on from.
+    """Return what a later start of the job resumes from.
 
     The newest checkpoint is right unless the user asked to start from a certain one: then the folder may hold later steps
     of the history that was left behind, and only what was written since counts.

@@ -1,4 +1,4 @@
-"""What a job is to run, in RUN/launch: written by whoever submits, read by the supervisor inside the job."""
+"""Files in RUN/launch that say what a job is to run: written at submission, read by the supervisor inside the job."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Request:
 
     @classmethod
     def read(cls, run_dir: Path) -> Request:
-        """The request of a run.
+        """Read the request of a run.
 
         Raises:
             UserError: nothing was launched there.
@@ -56,7 +56,7 @@ class Request:
 
 
 def first_start(run_dir: Path) -> bool:
-    """Whether the run is started for the first time since it was asked for; from now on it is not.
+    """Return True once: at the first start since the run was asked for.
 
     Tells a job that was requeued, or follows another one in a chain, from the first. A job that SLURM took back before
     it had come here is still the first, which SLURM's count of restarts does not say.
@@ -71,26 +71,26 @@ def first_start(run_dir: Path) -> bool:
 # One file per job, not one for all: the host that submits and the one that runs the job write at the same time, and on
 # NFS each might lose what the other has added.
 def note_job(run_dir: Path, job: str, kind: str) -> None:
-    """Keep in RUN/launch/jobs that ``job`` belongs to the run: ``run``, ``next`` (of a chain) or ``helper``."""
+    """Note in RUN/launch/jobs that ``job`` belongs to the run, as ``run``, ``next`` (of a chain) or ``helper``."""
     folder = RunFolder(run_dir).launch.jobs
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{job}.{kind}").touch()
 
 
 def forget_job(run_dir: Path, job: str) -> None:
-    """Take ``job`` out of the list: it is over."""
+    """Remove ``job`` from the list, since it is over."""
     for path in RunFolder(run_dir).launch.jobs.glob(f"{job}.*"):
         path.unlink(missing_ok=True)
 
 
 def noted_jobs(run_dir: Path, kinds: Iterable[str] = ("run", "next", "helper")) -> dict[str, str]:
-    """Ids of the run's jobs, oldest first, each with its kind; some may be over."""
+    """Return the ids of the run's jobs, oldest first, each with its kind; some may be over."""
     found = [path.name.split(".") for path in RunFolder(run_dir).launch.jobs.glob("*.*")]
     return {job: kind for job, kind in sorted(found, key=lambda item: int(item[0])) if kind in kinds}
 
 
 def excluded_nodes(run_dir: Path) -> dict[str, str]:
-    """Nodes that this run does not use any more, each with the reason."""
+    """Return the nodes that this run no longer uses, each with the reason."""
     with contextlib.suppress(FileNotFoundError):
         content: dict[str, str] = json.loads(RunFolder(run_dir).launch.excluded.read_text(encoding="utf-8"))
         return content

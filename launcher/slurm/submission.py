@@ -1,4 +1,4 @@
-"""Submits a run to SLURM: looks for what is wrong, writes RUN/launch, calls sbatch."""
+"""Submit a run to SLURM: check it, write RUN/launch, call sbatch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Submission:
             )
 
     def submit(self) -> str:
-        """Write RUN/launch, submit the job, return its id.
+        """Write RUN/launch, submit the job and return its id.
 
         Raises:
             UserError: the folder cannot be written, or SLURM refuses.
@@ -78,7 +78,7 @@ class Submission:
 
 
 def new_run(config: Path, overrides: Sequence[str], resume: str) -> Submission:
-    """A run as CONFIG says, in a folder without one unless it is to be resumed.
+    """Prepare a new run as CONFIG says; unless it is resumed, its folder must not hold a run.
 
     Raises:
         UserError: the request is wrong.
@@ -98,7 +98,7 @@ def new_run(config: Path, overrides: Sequence[str], resume: str) -> Submission:
 
 
 def resumed_run(run_dir: Path, overrides: Sequence[str]) -> Submission:
-    """A launched run once more, from its newest checkpoint, with further settings on top of those it was launched with.
+    """Prepare to resume a launched run from its newest checkpoint, with further settings on top of those it had.
 
     Raises:
         UserError: the request is wrong.
@@ -115,7 +115,7 @@ def resumed_run(run_dir: Path, overrides: Sequence[str]) -> Submission:
 
 
 def living_jobs(run_dir: Path) -> dict[str, dict[str, str]]:
-    """The run's jobs in the queue: id -> kind (run, next, helper), state, nodes, elapsed, limit, reason.
+    """Return the run's jobs in the queue: id -> kind (run, next, helper), state, nodes, elapsed, limit, reason.
 
     Raises:
         UserError: SLURM does not answer.
@@ -132,7 +132,7 @@ def living_jobs(run_dir: Path) -> dict[str, dict[str, str]]:
 
 
 def stop_jobs(run_dir: Path, now: bool) -> dict[str, str]:
-    """End the run's jobs and keep others from taking their place; id -> what was done.
+    """End the run's jobs and keep others from taking their place; return id -> what was done.
 
     A running job is told to save: its supervisor, which is its batch script, gets SIGTERM. A plain ``scancel`` would
     send SIGTERM to all and, at most sites, SIGKILL 30 s later. ``now`` is that.
@@ -157,7 +157,7 @@ def stop_jobs(run_dir: Path, now: bool) -> dict[str, str]:
 
 
 def options_as_settings(options: Mapping[str, object]) -> list[str]:
-    """``KEY=VALUE`` of the options of the command that were given, by their names in launch and launch.slurm."""
+    """Convert the command's options to ``KEY=VALUE`` settings of launch and launch.slurm; those not given are skipped."""
     settings = []
     for name, value in options.items():
         if value is None:
@@ -175,7 +175,7 @@ def options_as_settings(options: Mapping[str, object]) -> list[str]:
 
 
 def hint(verb: str, run_dir: Path) -> str:
-    """The command of ``megamoe launch`` to type."""
+    """Return the ``megamoe launch`` command to type."""
     return f"`megamoe launch {verb} {shlex.quote(_short(run_dir))}`"
 
 
@@ -203,7 +203,7 @@ def _check_layouts(settings: Config) -> None:
 
 
 def _last_of_each(settings: Sequence[str]) -> tuple[str, ...]:
-    """Without those that a later one of the same key replaces: a run that is resumed often keeps a short list."""
+    """Drop settings that a later one of the same key replaces, so that a run resumed often keeps a short list."""
     last = {setting.partition("=")[0]: place for place, setting in enumerate(settings)}
     return tuple(setting for place, setting in enumerate(settings) if last[setting.partition("=")[0]] == place)
 

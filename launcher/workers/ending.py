@@ -1,4 +1,4 @@
-"""After the end of an attempt: who ended it, in words for people, and where the next one goes on from."""
+"""Wind up an attempt: explain to people who ended it, and find what the next one resumes from."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def new_attempt(run_dir: Path) -> AttemptFolder:
 
 
 def last_words(ranks: RankGroup, status: int) -> Mapping[int, list[int]]:
-    """Let the ranks that are left write where they are into their logs, since one ended with ``status``.
+    """Let the remaining ranks write where they are into their logs, since one ended with ``status``.
 
     Returns:
         After a hang the processes that are stopped, by rank, as :meth:`RankGroup.frozen` finds them.
@@ -59,7 +59,7 @@ def explain(ranks: RankGroup, culprit: tuple[int, int], frozen: Mapping[int, lis
 
 
 def resume_after(resume: str, checkpoint: Path | None) -> str:
-    """What the ranks resume from after this attempt.
+    """Return what the ranks resume from after this attempt.
 
     The newest checkpoint is right unless the user asked to start from a certain one: then the folder may hold later
     steps of the history that was left behind, and only ``checkpoint``, written since the launch, counts.

@@ -1,4 +1,4 @@
-"""What the ranks say: every rank into its log file, rank 0 onto the terminal as well."""
+"""Route the ranks' output: every rank to its log file, rank 0 to the terminal as well."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Tee:
 
 
 def last_lines(log: Path, count: int = 12) -> list[str]:
-    """The last ``count`` lines of a log, each state of a progress bar counting as a line; none of one that is not there."""
+    """Return the last ``count`` lines of a log, to be quoted; each state of a progress bar is a line."""
     if not log.exists():
         return []
     with log.open("rb") as file:

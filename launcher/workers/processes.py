@@ -91,7 +91,7 @@ class Ranks(RankGroup):
         time.sleep(seconds)
 
     def close(self) -> None:
-        """Kill what is left of the ranks and of what they have started."""
+        """Kill what is left of the ranks and of their children."""
         # The whole groups, also of ranks that have ended: their data workers may not have noticed.
         kill_groups(self.pids.values())
         for process in self._processes.values():
@@ -133,7 +133,7 @@ def write_pids(folder: AttemptFolder, pids: Mapping[int, int]) -> None:
 
 
 def local_environments(nproc: int) -> dict[int, dict[str, str]]:
-    """Variables of ``nproc`` ranks that are all on this machine."""
+    """Return the variables of ``nproc`` ranks that are all on this machine."""
     place = Place(0, nproc, nproc, 0, "127.0.0.1", free_port(), "127.0.0.1")
     # Rank 0 draws its bar through our pipe.
     base = {rank: os.environ | {"MEGAMOE_TERMINAL": str(int(rank == 0 and sys.stderr.isatty()))} for rank in range(nproc)}
@@ -141,7 +141,7 @@ def local_environments(nproc: int) -> dict[int, dict[str, str]]:
 
 
 def free_port() -> int:
-    """A TCP port on this machine that nobody uses now."""
+    """Find a TCP port on this machine that nobody uses now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

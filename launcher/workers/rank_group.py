@@ -1,4 +1,4 @@
-"""The ranks of one attempt at a run, wherever they are: what a launcher asks of them."""
+"""The interface of a launcher to the ranks of one attempt, wherever they run."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ class RankGroup(ABC):
 
     @abstractmethod
     def ended(self) -> Mapping[int, int]:
-        """Exit status of the ranks that have ended, in the order of their ends; negative numbers are signals."""
+        """Return the exit status of each rank that has ended, in the order of their ends; negative numbers are signals."""
 
     @abstractmethod
     def signal(self, signum: int) -> None:
-        """Send ``signum`` to the ranks themselves; what they have started is theirs to end."""
+        """Send ``signum`` to the ranks themselves, not to their children."""
 
     @abstractmethod
     def frozen(self) -> Mapping[int, list[int]]:
-        """Processes that are stopped (SIGSTOP, a debugger): rank -> process ids in its session, its data workers too."""
+        """Return the stopped processes (SIGSTOP, a debugger): rank -> process ids in its session, data workers included."""
 
     @abstractmethod
     def pause(self, seconds: float) -> None:
         """Let time pass."""
 
     def running(self) -> bool:
-        """Whether all is well so far and some rank is still at work."""
+        """Return whether some rank is still at work and none has failed."""
         ended = self.ended()
         return len(ended) < len(self.logs) and not any(ended.values())
 
     def culprit(self) -> tuple[int, int] | None:
-        """(rank, exit status) of the rank that took the others down; None when none failed.
+        """Return (rank, exit status) of the rank that took the others down; None when none failed.
 
         The first death is followed at once by those of ranks whose peer has gone, and may not be the first to be seen.
         So a wrong request comes first, then a signal from outside, then a hang, then what a lost peer may look like as
@@ -74,7 +74,7 @@ class RankGroup(ABC):
         return end if end is not None and (status < 0 or status == end.status) else None
 
     def wait(self, seconds: float) -> bool:
-        """Give all ranks ``seconds`` to end; whether they have."""
+        """Give all ranks ``seconds`` to end; return whether they have."""
         deadline = time.monotonic() + seconds
         while len(self.ended()) < len(self.logs):
             if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""How far a run has come, read from its folder, and whether restarting it still helps."""
+"""Read from a run's folder how far it has come, and judge whether restarting it still helps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RunState:
 
 
 def run_state(run_dir: Path, launched: float) -> RunState:
-    """The state of a run; what is older than ``launched`` (seconds since the epoch) may be of a history left behind."""
+    """Return the state of a run. What is older than ``launched`` (seconds since the epoch) may be of another history."""
     run = RunFolder(run_dir)
     reached = _last_step(run.metrics) if run.metrics.exists() and run.metrics.stat().st_mtime >= launched else 0
     written = {step: path for step, path in run.complete_checkpoints().items() if path.stat().st_mtime >= launched}
@@ -41,9 +41,9 @@ def run_state(run_dir: Path, launched: float) -> RunState:
 class Restarts:
     """Counts restarts and says when to give up.
 
-    Two counts, since they mean different things. Restarts without a step that is later than all before: the run does
-    not get past some step, and never will. Restarts since the last new checkpoint: the run comes further each time, but
-    what it does is lost again.
+    It keeps two counts, since they mean different things. After restarts without a step later than all before, the run
+    does not get past some step and never will. After restarts since the last new checkpoint, the run comes further each
+    time, but its work is lost again.
 
     Attributes:
         limits: how many of each are allowed.

@@ -1,4 +1,4 @@
-"""Ends the ranks of a run that somebody asked to stop: lets them save, and says what came of it."""
+"""Stop the ranks of a run: let them save, wait for it, and say what came of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ASKED = _AS_ASKED | {STOP_FAILED, STOPPED_TWICE}
 
 
 def asked_to_stop(ranks: RankGroup) -> bool:
-    """Whether a rank has ended because somebody asked it, or one of its peers, to stop."""
+    """Return whether a rank has ended because somebody asked it, or one of its peers, to stop."""
     return not _ASKED.isdisjoint(ranks.ended().values())
 
 
@@ -50,7 +50,7 @@ def stop_ranks(ranks: RankGroup, caught: Callable[[], Sequence[int]], grace: flo
 
 
 def stop_status(statuses: Collection[int], caught: Sequence[int], by_themselves: bool, state: RunState) -> tuple[int, str]:
-    """Exit status of the launcher after a stop, and what it says; no words when the run is done anyway."""
+    """Return the launcher's exit status after a stop and what it says; no words when the run is done anyway."""
     if not any(statuses):
         return 0, ""
     if by_themselves and (_AS_ASKED.issuperset(status for status in statuses if status) or state.reached <= state.saved):

@@ -1,4 +1,4 @@
-"""Signals that ask this process to stop: noted, and acted on when it suits."""
+"""Note signals that ask this process to stop, to be acted on later."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exit statuses of ranks and of the launcher, so that whoever started them knows what to do next; and words for them.
+"""Exit statuses of ranks and launchers, by which the caller knows what to do next, and words for them.
 
 Listed for users in docs/faults.md. 75 and above 128 follow sysexits.h and the shells; 0, 1 and 2 are everybody's.
 """

@@ -1,4 +1,4 @@
-"""Asked to stop: notes the signal at once, lets the training loop save at the next step, and ends the rank if it cannot.
+"""Handle a request to stop: note it at once, let the loop save at the next step, end the rank if it cannot.
 
 Python runs its own signal handlers only between two instructions of the main thread, which never come while that thread
 waits in a collective for a peer that hangs. So the C part of Python writes each signal to a socket (``set_wakeup_fd``)
@@ -48,7 +48,7 @@ class StopRequest:
         threading.Thread(target=self._listen, name="stop", daemon=True).start()
 
     def started(self) -> None:
-        """From here on there is something to save."""
+        """Note that from here on there is something to save."""
         self._starting = False
 
     def _listen(self) -> None:
