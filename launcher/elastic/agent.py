@@ -29,10 +29,10 @@ from megamoe.core.exit_status import FAILED
 from megamoe.core.log import say
 from megamoe.core.run_folder import RunFolder
 
-PATIENCE = 300.0  # seconds to wait for a supervisor, also for one that takes the place of a dead one
+PATIENCE = 300.0  # seconds to wait for a supervisor, also for the successor of a dead one
 KNOCK = 3.0  # seconds to reach one of the supervisor's addresses
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-PIECE = 8192  # bytes of rank 0's output in one message: at most six times as many as JSON
+PIECE = 8192  # bytes of rank 0's output in one message; as JSON they are at most six times as many
 
 
 def run_agent(
@@ -197,7 +197,7 @@ class _Agent:
         variables = {rank: environment(base, place, local, cores[local]) for local, rank in enumerate(numbers)}
         try:
             os.chdir(message["workdir"])  # paths in the config may be relative
-            # The supervisor made it, which this node's view of the shared file system may not show yet.
+            # The supervisor made it, but this node's view of the shared file system may lag.
             folder.path.mkdir(parents=True, exist_ok=True)
             cpus = dict(zip(numbers, shares, strict=True)) if shares else None
             self._ranks = Ranks(arguments, variables, folder, _Passed(wire), guard, cpus)

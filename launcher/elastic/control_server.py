@@ -91,7 +91,7 @@ class Hub:
 
     def poll(self, seconds: float) -> None:
         """Take in what comes within ``seconds``; returns at once when something does."""
-        self._reap()  # what was found broken when it was written to has no file descriptor any more
+        self._reap()  # a connection that broke while it was written to has no file descriptor any more
         wires = {node.wire: node for node in self.nodes.values()}
         sources: list[Wire | socket.socket] = [self._listener, *wires, *self._newcomers]
         for source in select.select(sources, [], [], seconds)[0]:
@@ -183,7 +183,7 @@ class Hub:
             wire.close("turned away")
             return
         answer = proof(self._invitation.token, "supervisor", theirs)
-        # Sooner than we give up on it: then its ranks have ended before the next attempt begins.
+        # Less than our own time-out, so that its ranks have ended before the next attempt begins.
         wire.send("welcome", proof=answer, patience=self._timeout * 2 / 3)
         if name in self._refused:
             wire.send("refused", why=self._refused[name])

@@ -138,7 +138,7 @@ class FirstStep:
     def _look(self) -> tuple[int, int]:
         """Return (inode, size); a file that is not there yet counts as an empty one."""
         try:
-            with self._path.open("rb") as file:  # opened, as a network file system shows a new size only then
+            with self._path.open("rb") as file:  # opened, since a network file system shows a new size only then
                 file.seek(0, 2)
                 return self._path.stat().st_ino, file.tell()
         except FileNotFoundError:

@@ -78,7 +78,7 @@ class Team(RankGroup):
 
     def __exit__(self, *_: object) -> None:
         self._tell("end", attempt=self._attempt)
-        # Without a limit of its own: a node that does not answer is lost after launch.node_timeout.
+        # No limit is needed here: a node that does not answer is lost after launch.node_timeout.
         while any(node not in self._idle for node in self._there()):
             self.pause(POLL)
 

@@ -65,7 +65,8 @@ def supervise(config_path: Path, overrides: Sequence[str], resume: str, settings
     history.event("supervisor", host=socket.gethostname(), job=cluster.job, pid=os.getpid(), started=process_start())
     report = Report(history, hub, cluster.job)
     request = Request(config_path, overrides, settings, sizes)
-    # To the very end: being started again begins with signals to this process, and wishes still have to be cancelled.
+    # Signals are caught to the very end: a restart by SLURM begins with signals to this process, which still has to
+    # cancel what it asked the cluster for.
     with caught_signals() as caught:
         try:
             with Wishes(cluster, terminal) as wishes:
@@ -73,7 +74,7 @@ def supervise(config_path: Path, overrides: Sequence[str], resume: str, settings
                 try:
                     end = supervisor.run(cluster.start_agents(), kind, since)
                 finally:
-                    hub.close()  # before the run is started again, or an agent would take us for dead meanwhile
+                    hub.close()  # first: an agent would take us for dead while the run is being started again
             phase = {0: "done", STOPPED: "stopped"}.get(end.status, "failed")
             status = end.status
             if end.again is not None:

@@ -20,12 +20,12 @@ def how_it_begins(run_dir: Path, job: str) -> tuple[str, float]:
     again = next((event for event in last if event["event"] == "again" and event["detail"]["accepted"]), None)
     if again is not None:
         return "again", float(again["time"]) if noticed is None else noticed
-    # Of a job that is started again without our doing, `scontrol requeue` for one, only the signal was noticed.
+    # When somebody else starts the job again (`scontrol requeue`), the supervisor only noticed the signal.
     if noticed is not None and last[0]["detail"]["job"] == job:
         return "again", noticed
     if not last or last[-1]["event"] == "finished":
         return "start", time.time()
-    # The supervisor ended without a word, and was alive for the last time when its pulse beat, or it wrote that event.
+    # The supervisor ended without a word. Its last sign of life is its last pulse or its last event.
     since = max(float(event["time"]) for event in last if event["event"] != "orphaned")
     with contextlib.suppress(ValueError):
         since = max(since, float(Pulse(run_dir).read()))

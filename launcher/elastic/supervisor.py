@@ -112,7 +112,7 @@ class Supervisor:
         self._history, self._wishes, self._terminal, self._caught = history, wishes, terminal, caught
         self._settings, self._limits = request.settings, request.settings.launch
         self._run_dir = request.settings.run.folder
-        # By the clock of the file system, with which the times of checkpoints are compared.
+        # Read from the clock of the file system, since it is compared with the times of checkpoints.
         self._launched = RunFolder(self._run_dir).launch.supervisor.stat().st_mtime
         self._at_work: list[Node] = []
         self._measured: set[Node] = set()
@@ -186,7 +186,7 @@ class Supervisor:
         health, names = self._limits.health, tuple(node.name for node in nodes)
         if health.check == "off":
             return self._decide(Examined(names, sound=True))
-        # With those that stand by: one that takes a lost node's place is not measured then.
+        # Nodes that stand by are measured as well, so that one can take a lost node's place without a test.
         wanted = [*nodes, *(node for node in self._hub.nodes.values() if not node.asked and node not in nodes)]
         measure = health.check == "full" and not self._measured.issuperset(nodes)
         self._report.state("checking")

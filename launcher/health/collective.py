@@ -49,7 +49,7 @@ def main() -> None:
     if rank == 0:
         print(json.dumps(links.to_json()), flush=True)
     sys.stderr.flush()
-    os._exit(0)  # threads of gloo could abort it while the interpreter is taken down, and its node be taken for a bad one
+    os._exit(0)  # no orderly exit: gloo's threads could abort the process during it, and its node would be blamed
 
 
 def partners(nodes: int, rounds: int) -> list[list[tuple[int, int]]]:
@@ -101,7 +101,7 @@ def _measure(device: torch.device, rank: int, world: int, nodes: int, limits: He
         for pair in pairs:
             measure(pair)
         dist.barrier()
-    # Those that look slow once more, one after the other, with nobody else on the network.
+    # Measure links that look slow once more, one after the other, with nobody else on the network.
     for one, other, _ in slow_links(speeds(), limits):
         measure((one, other))
         dist.barrier()

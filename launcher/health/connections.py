@@ -97,7 +97,7 @@ def _visit(rank: int, world: int, host: str, port: int, seconds: float) -> None:
         with ThreadPoolExecutor(TOGETHER) as pool:
             reached = pool.map(lambda peer: _reaches(peer[1], peer[2], min(KNOCK, seconds)), later)
             line.send({"unreachable": [peer[0] for peer, well in zip(later, reached, strict=True) if not well]})
-        # Until everyone has reported, as others may still knock on our port.
+        # Keep our port open until everyone has reported: others may still try it.
         line.receive(2 * seconds)
 
 

@@ -20,7 +20,7 @@ from launcher.workers.rank_group import POLL
 from megamoe.config.schema import LaunchConfig
 
 MEETING = 15.0  # seconds to come to a meeting, for which nothing has to be started
-LOOKING = 2 * gpus.SECONDS  # seconds for what a node looks at by itself, once more if it does not like it
+LOOKING = 2 * gpus.SECONDS  # seconds for a node's check of itself, which it repeats once if it finds a problem
 _numbers = count(1)
 
 

@@ -11,7 +11,7 @@ from launcher.health.node import Problem
 from megamoe.config.schema import HealthConfig
 
 GBIT = 1e9 / 8  # bytes per second
-MOST = 4  # if more than one node in so many looks slow, it is the network and no node
+MOST = 4  # if more than one node in so many looks slow, the network is to blame and no node
 
 
 @dataclass(frozen=True)

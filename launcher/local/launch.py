@@ -68,7 +68,7 @@ def launch_local(
                 stopped, hang = AllStopped(ranks.pids.values(), watchdog_seconds), False
                 while ranks.running() and not caught and not (hang := stopped.too_long(POLL)):
                     ranks.pause(POLL)
-                # A peer's watchdog says what hangs, if a peer is left that is not stopped.
+                # If all ranks are stopped, no watchdog is left that could say what hangs: then any rank stands for all.
                 culprit = ranks.culprit() or ((0, HUNG) if hang else None)
                 stop = bool(caught) or asked_to_stop(ranks)
                 if stop:

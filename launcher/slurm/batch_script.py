@@ -12,7 +12,7 @@ from megamoe.config.schema import Config, LaunchConfig, SlurmConfig
 from megamoe.core.errors import UserError
 from megamoe.core.run_folder import RunFolder
 
-Options = list[tuple[str, list[str]]]  # a reason, and the options of sbatch that it is the reason of
+Options = list[tuple[str, list[str]]]  # pairs of a reason and the sbatch options that it explains
 
 
 def job_options(settings: Config, run_dir: Path, workdir: Path, excluded: Collection[str] = ()) -> Options:
@@ -98,7 +98,7 @@ def job_script(options: Options, settings: Config, run_dir: Path) -> str:
 def helper_script(options: Options, settings: Config, run_dir: Path) -> str:
     """Return the script for ``sbatch`` that runs an agent on each of its nodes, until the run's job ends."""
     head = [f"# Further nodes for the job of run {settings.run.name}, submitted by that job."]
-    # All three, since variables of the job win over options that are not given.
+    # All of them, since variables of the job would win over an option that is not given.
     size = '--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES"'
     srun, *arguments = agents_command(settings.launch.slurm, run_dir)
     body = [f"exec {srun} {size} {shlex.join(arguments)}"]

@@ -103,7 +103,7 @@ def _check_account(account: str | None) -> None:
         return
     mine: set[str] = set()
     user = getpass.getuser()
-    # Sites without accounting have no sacctmgr or none that answers; what SLURM itself says comes after this.
+    # Sites without accounting have no sacctmgr, or one that does not answer; then sbatch itself will tell.
     with contextlib.suppress(UserError):
         rows = slurm(["sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={user}", "format=account"])
         mine = set(rows.split())

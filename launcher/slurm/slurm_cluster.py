@@ -20,7 +20,7 @@ from megamoe.core.errors import UserError
 from megamoe.core.retry import Backoff
 from megamoe.core.run_folder import RunFolder
 
-LOOK_EVERY = 15.0  # seconds between looks at the queue while nodes are wished for; sites ask not to do it more often
+LOOK_EVERY = 15.0  # seconds between looks at the queue while nodes are lacking; sites ask not to look more often
 AGENT_SECONDS = 60.0  # an agent that has not come so long after its start counts as absent
 AGENTS_END = 5.0  # seconds
 ASK_AGAIN = Backoff(first=LOOK_EVERY, longest=600.0)  # after a refusal of SLURM
@@ -221,7 +221,7 @@ class SlurmCluster:
             else:
                 absent.append(node)
         if absent:
-            # A dead node is not known to be dead for minutes, but marked with a star (no answer) before.
+            # SLURM takes minutes to declare a node dead, but marks it with a star (no answer) before.
             rows = slurm(["sinfo", "--noheader", "--Node", f"--nodes={','.join(absent)}", "--format=%N %t"]).split("\n")
             well = {row.split()[0] for row in rows if row and row.split()[1] in ("alloc", "mix", "comp", "idle")}
             again = [node for node in absent if node in well][:most]
@@ -232,7 +232,7 @@ class SlurmCluster:
 
     def _start_on(self, nodes: list[str]) -> None:
         command = agents_command(self._settings.launch.slurm, self._run_dir, nodes)
-        # Of its own session, so that Ctrl-C and the like in a test reach the supervisor alone.
+        # In a session of its own, so that Ctrl-C reaches the supervisor alone.
         self._agents.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True))
         self._started |= dict.fromkeys(nodes, time.monotonic())
 
@@ -276,7 +276,7 @@ def requeue(job: str, run_dir: Path, settings: Config) -> None:
     """
     changed = []
     if settings.launch.min_nodes is not None:
-        # Of root SLURM takes this for an order, and gives the fewest; a user gets as many as are free.
+        # From root, SLURM takes this as an order and gives the fewest; a user gets as many as are free.
         changed.append(f"NumNodes={node_range(settings.launch, again=True)}")
     if excluded := _excluded(settings, run_dir):
         changed.append(f"ExcNodeList={','.join(excluded)}")

@@ -143,7 +143,7 @@ def stop_jobs(run_dir: Path, now: bool) -> dict[str, str]:
     Request.read(run_dir)
     living = living_jobs(run_dir)
     done = {}
-    # Those that wait for the others come first: the end of what they wait for, cancelled or not, starts them.
+    # Jobs that wait for another one come first: they start as soon as that one ends, cancelled or not.
     for job, found in sorted(living.items(), key=lambda item: item[1]["kind"] == "run"):
         if found["kind"] == "run" and found["state"] == "RUNNING" and not now:
             slurm(["scancel", "--batch", "--signal=TERM", job])
@@ -191,7 +191,7 @@ def _prepare(request: Request) -> Submission:
 
 def _check_layouts(settings: Config) -> None:
     launch, ranks = settings.launch, ranks_per_node(settings)
-    # At full size it is the layout of the config that is asked for; others are for what is left after a loss.
+    # At full size the config's own layout has to fit; other layouts serve what is left after a loss.
     plan_layout(settings, launch.nodes * ranks)
     sizes = team_sizes(settings)
     if launch.min_nodes is not None and launch.min_nodes not in sizes:

@@ -13,8 +13,8 @@ from megamoe.core.exit_status import HUNG, REQUEST_IS_WRONG, how_it_ended
 from megamoe.core.rank_end import EndKind
 from megamoe.core.run_folder import AttemptFolder, RunFolder
 
-PEER_GRACE = 5.0  # seconds; for ranks whose watchdogs end them one after the other, or that end a little after their time
-LAST_WORDS = 2.0  # seconds; a rank whose peer is gone has nothing to save, but something to say
+PEER_GRACE = 5.0  # seconds for ranks whose watchdogs end them one after the other, or that save a little late
+LAST_WORDS = 2.0  # seconds for ranks to write their stacks; after the loss of a peer there is nothing to save
 
 
 def new_attempt(run_dir: Path) -> AttemptFolder:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from megamoe.core.errors import UserError
 
-_FIRST_PORT, _PORTS = 15000, 15000  # below those that Linux hands out to connections (32768 and above)
+_FIRST_PORT, _PORTS = 15000, 15000  # below the ports that Linux gives to outgoing connections (32768 and above)
 
 
 def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -81,7 +81,7 @@ def _members(groups: Collection[int]) -> dict[int, bool]:
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            # state, parent, process group: what follows the name, which may contain anything
+            # The fields after the name, which may contain anything: state, parent, process group.
             state, _, group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
             if int(group) in groups and state not in "ZX":
                 found[int(entry.name)] = _TRACKER in (entry / "cmdline").read_bytes()

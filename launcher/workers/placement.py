@@ -44,7 +44,7 @@ def environment(base: Mapping[str, str], place: Place, local_rank: int, cores: i
     defaults = {
         # More threads than cores over all ranks make every one of them slower.
         "OMP_NUM_THREADS": str(max(1, cores)),
-        # A traceback of a rank that hangs or crashes has to be in its log before the process is gone.
+        # The traceback of a rank that hangs or crashes must be in its log before the process is gone.
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
     }
@@ -105,7 +105,7 @@ def share_cores(cpus: Collection[int], ranks: int, numa: Sequence[Collection[int
     if ranks < len(nodes):
         groups = _cut(nodes, ranks)
         return [sorted(cpu for node in group for cpu in node) for group in groups]
-    # Each NUMA node has a rank; the next goes to where a rank has most.
+    # Each NUMA node has a rank; the next rank goes where a rank has the most CPUs.
     shares = [1] * len(nodes)
     for _ in range(ranks - len(nodes)):
         busiest = max(range(len(nodes)), key=lambda number: len(nodes[number]) / shares[number])

@@ -54,7 +54,7 @@ class Ranks(RankGroup):
             for rank, environment in environments.items():
                 self._start(command, environment, rank, terminal)
                 if cpus is not None:
-                    # It has no other threads yet; those that it will start, and its data workers, inherit this.
+                    # The rank has one thread yet; the threads and data workers that it will start inherit this.
                     os.sched_setaffinity(self.pids[rank], cpus[rank])
         except BaseException:
             self.close()
@@ -92,7 +92,7 @@ class Ranks(RankGroup):
 
     def close(self) -> None:
         """Kill what is left of the ranks and of their children."""
-        # The whole groups, also of ranks that have ended: their data workers may not have noticed.
+        # Kill whole groups, also those of ranks that have ended: their data workers may live on.
         kill_groups(self.pids.values())
         for process in self._processes.values():
             process.wait()

@@ -13,7 +13,7 @@ from megamoe.core.rank_end import RankEnd, read_end
 from megamoe.core.run_folder import AttemptFolder
 
 POLL = 0.02  # seconds; a death is noticed within it
-SETTLE = 0.2  # seconds; who died first is judged after the others had this long to follow
+SETTLE = 0.2  # seconds that the peers of a failed rank get to fail as well, before one is blamed
 
 
 class RankGroup(ABC):

@@ -10,7 +10,7 @@ from launcher.workers.rank_group import POLL, RankGroup
 from launcher.workers.run_progress import RunState
 from megamoe.core.exit_status import STOP_FAILED, STOP_SIGNALS, STOPPED, STOPPED_TWICE, signal_name
 
-# A rank that was killed by such a signal had not yet come as far as to listen to it.
+# A rank that was killed by such a signal had not yet begun to listen for it.
 _AS_ASKED = frozenset({STOPPED, *(-number for number in STOP_SIGNALS)})
 _ASKED = _AS_ASKED | {STOP_FAILED, STOPPED_TWICE}
 
