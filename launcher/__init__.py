@@ -1,1 +1,1 @@
-"""Starts the ranks of a run and keeps them going."""
+"""Start the ranks of a run and keep them going: on one machine, over many nodes, inside SLURM."""

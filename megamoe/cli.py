@@ -18,8 +18,10 @@ import click
 from megamoe import __version__
 from megamoe.commands.lazy import LazyGroup, Verb
 from megamoe.core.environment import is_rank
-from megamoe.core.errors import UserError
+from megamoe.core.errors import PortTakenError, UserError
 from megamoe.core.exit_status import FAILED, REQUEST_IS_WRONG
+from megamoe.core.rank_end import EndKind, report_end
+from megamoe.core.urls import one_line
 
 _VERBS = {
     "train": Verb("megamoe.commands.train:train", "Train as CONFIG says, with settings changed by KEY=VALUE."),
@@ -42,7 +44,8 @@ def megamoe() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and leave with its exit status."""
+    """Run the command line and leave with its exit status; a rank reports first how it ended."""
+    said, kind = "", None
     try:
         status = megamoe.main(arguments, prog_name="megamoe", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -50,20 +53,26 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         status = error.exit_code
     except click.ClickException as error:
         hint = f" (see {error.ctx.command_path} --help)" if isinstance(error, click.UsageError) and error.ctx else ""
-        _say(f"error: {_one_line(error.format_message())}{hint}")
+        said = f"{_one_line(error.format_message())}{hint}"
+        _say(f"error: {said}")
         status = error.exit_code
     except UserError as error:
-        _say(f"error: {_one_line(error)}")
+        said = _one_line(error)
+        _say(f"error: {said}")
         status = REQUEST_IS_WRONG
     except click.Abort:
         _say(f"rank {os.environ['RANK']} interrupted" if is_rank() else "interrupted")
         status = 130
-    except Exception:
+    except Exception as error:
         if not is_rank():
             raise
         _log_traceback()
-        status = FAILED
-    _leave(status if isinstance(status, int) else 0)
+        said, status = one_line(f"{type(error).__name__}: {error}"), FAILED
+        kind = EndKind.PORT_TAKEN if isinstance(error, PortTakenError) else None
+    status = status if isinstance(status, int) else 0
+    if is_rank():
+        report_end(status, said, kind=kind)
+    _leave(status)
 
 
 def _log_traceback() -> None:

@@ -21,6 +21,9 @@ from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Any, NoReturn
 
+from megamoe.core.child import end_with_parent
+from megamoe.core.exit_status import how_it_ended
+
 _ATTEMPTS = 3  # a worker can be killed for another one's memory once or twice; three in a row are the job's own
 _GRACE = 3.0  # seconds for a job to remove its unfinished file before its worker is killed
 _context = get_context("forkserver")  # a fork of this process could inherit a lock that another thread holds
@@ -120,7 +123,9 @@ def _serve(pipe: Connection) -> None:
     """The life of a worker: jobs until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the parent decides
     signal.signal(signal.SIGTERM, _leave)
-    Thread(target=_end_with_parent, daemon=True).start()
+    parent = parent_process()
+    assert parent is not None
+    end_with_parent(parent.join, _leave_late)
     while True:
         try:
             request = pipe.recv_bytes()
@@ -147,13 +152,9 @@ def _leave(number: int, frame: object) -> NoReturn:
     raise SystemExit(128 + number)  # not an instant end: unfinished files are removed on the way out
 
 
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
+def _leave_late() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE)
-    os._exit(1)
 
 
 @contextmanager
@@ -168,7 +169,6 @@ def _sigint_blocked() -> Iterator[None]:
 
 
 def _how(exitcode: int | None) -> str:
-    if exitcode is None or exitcode >= 0:
-        return f"exit status {exitcode}"
+    assert exitcode is not None, "it was waited for"
     why = ", as the system does when memory runs out" if exitcode == -signal.SIGKILL else ""
-    return f"{signal.Signals(-exitcode).name}{why}"
+    return f"the last one {how_it_ended(exitcode)}{why}"

@@ -1,1 +1,1 @@
-"""Training on many nodes: the supervisor, its control server, and an agent on each node."""
+"""Train on many nodes: a supervisor that decides, its control server, and an agent on each node."""

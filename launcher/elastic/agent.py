@@ -1,7 +1,7 @@
-"""Starts, signals and ends the ranks of one node, as the supervisor tells it.
+"""The agent of a node: starts, signals and ends the node's ranks as the supervisor tells it.
 
-The agent obeys a handful of verbs and nothing else: what it starts is its own command with a config's path, settings and
-numbers. When the supervisor is gone it ends its ranks at once: nobody would restart them, and another attempt may
+The agent obeys a handful of verbs and nothing else. What it starts is its own command with a config's path, settings
+and numbers. When the supervisor is gone it ends its ranks at once: nobody would restart them, and another attempt may
 begin elsewhere.
 """
 
@@ -22,14 +22,17 @@ from launcher.elastic.messages import BEAT, Message, Wire, new_nonce, proof, pro
 from launcher.health.probe import Probe
 from launcher.workers.guard import Guard
 from launcher.workers.placement import Place, environment, numa_nodes, share_cores
-from launcher.workers.processes import Ranks, caught_signals
+from launcher.workers.processes import Ranks
 from launcher.workers.rank_group import POLL
+from launcher.workers.stop_signals import StopSignals, caught_signals
 from megamoe.core.exit_status import FAILED
+from megamoe.core.log import say
+from megamoe.core.run_folder import RunFolder
 
-PATIENCE = 300.0  # seconds to wait for a supervisor, also for one that takes the place of a dead one
+PATIENCE = 300.0  # seconds to wait for a supervisor, also for the successor of a dead one
 KNOCK = 3.0  # seconds to reach one of the supervisor's addresses
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-PIECE = 8192  # bytes of rank 0's output in one message: at most six times as many as JSON
+PIECE = 8192  # bytes of rank 0's output in one message; as JSON they are at most six times as many
 
 
 def run_agent(
@@ -91,14 +94,14 @@ def run_agent(
 
 
 class _Agent:
-    """What serves one supervisor after the other."""
+    """Serves one supervisor after the other."""
 
     def __init__(
         self, run_dir: Path, node: str, job: str, command: Sequence[str], checks: Callable[[], Sequence[str]]
     ) -> None:
         self._run_dir, self._node, self._job, self._command = run_dir, node, job, command
         self._problems = list(checks())
-        self._probe = Probe(checks, run_dir / f"launch/health-{node}.log")
+        self._probe = Probe(checks, RunFolder(run_dir).launch.health_log(node))
         self._ranks: Ranks | None = None
         self._reported: set[int] = set()
         self._attempt = 0
@@ -106,7 +109,7 @@ class _Agent:
         self.tolerance = 0.0
 
     def join(self, invitation: Invitation) -> Wire | None:
-        """Come to the supervisor; None when it cannot be reached, or is not the one that wrote the invitation."""
+        """Join the supervisor; None when it cannot be reached, or is not the one that wrote the invitation."""
         for host in invitation.hosts:
             try:
                 wire = Wire(socket.create_connection((host, invitation.port), timeout=KNOCK))
@@ -132,8 +135,8 @@ class _Agent:
             wire.close("no supervisor of this run")
         return None
 
-    def serve(self, wire: Wire, guard: Guard, caught: list[int]) -> int | None:
-        """Do what the supervisor says until it dismisses this agent; exit status, None when the supervisor is lost."""
+    def serve(self, wire: Wire, guard: Guard, caught: StopSignals) -> int | None:
+        """Obey the supervisor until it dismisses this agent; return the exit status, None when the supervisor is lost."""
         asked, beat = 0, 0.0
         try:
             while not wire.closed:
@@ -144,8 +147,8 @@ class _Agent:
                         _say(self._node, f"not wanted: {message.get('why')}")
                         return FAILED
                     self._obey(message, wire, guard)
-                while asked < len(caught):
-                    wire.send("asked", signum=caught[asked])
+                for signum in caught.received[asked:]:
+                    wire.send("asked", signum=signum)
                     asked += 1
                 self._report(wire)
                 now = time.monotonic()
@@ -184,7 +187,7 @@ class _Agent:
         self._probe.close()
         place = Place(**message["place"])
         arguments = [*self._command, "train", message["config"], "--resume", message["resume"], *message["overrides"]]
-        folder = self._run_dir / f"logs/attempt-{self._attempt}"
+        folder = RunFolder(self._run_dir).attempt(self._attempt)
         numbers = range(place.first, place.first + place.ranks)
         mine = os.sched_getaffinity(0)
         shares = share_cores(mine, place.ranks, numa_nodes()) if message["bind"] else None
@@ -194,8 +197,8 @@ class _Agent:
         variables = {rank: environment(base, place, local, cores[local]) for local, rank in enumerate(numbers)}
         try:
             os.chdir(message["workdir"])  # paths in the config may be relative
-            # The supervisor made it, which this node's view of the shared file system may not show yet.
-            folder.mkdir(parents=True, exist_ok=True)
+            # The supervisor made it, but this node's view of the shared file system may lag.
+            folder.path.mkdir(parents=True, exist_ok=True)
             cpus = dict(zip(numbers, shares, strict=True)) if shares else None
             self._ranks = Ranks(arguments, variables, folder, _Passed(wire), guard, cpus)
         except OSError as error:
@@ -219,7 +222,7 @@ class _Agent:
         self._reported = set()
 
     def _reserve_port(self) -> int:
-        """A port for rank 0, which nobody else gets before it listens there.
+        """Reserve a port for rank 0, which nobody else gets before rank 0 listens there.
 
         It stays bound here without being listened on. Rank 0 may still bind it, as both set SO_REUSEADDR, while the
         system gives it to no other process that asks for any port.
@@ -234,7 +237,7 @@ class _Agent:
 
 
 class _Passed:
-    """Rank 0's output on its way to the supervisor's terminal."""
+    """Sends rank 0's output to the supervisor's terminal."""
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
@@ -247,7 +250,7 @@ class _Passed:
 
 
 def _is_dead(run_dir: Path, invitation: Invitation, wait: float) -> bool:
-    """Whether the supervisor's pulse stops for ``wait`` seconds. Else it is only the way to it that is cut."""
+    """Return whether the supervisor's pulse stops for ``wait`` seconds; if it goes on, only the network to it is cut."""
     pulse = Pulse(run_dir)
     last, since = pulse.read(), time.monotonic()
     while time.monotonic() - since < wait:
@@ -258,11 +261,11 @@ def _is_dead(run_dir: Path, invitation: Invitation, wait: float) -> bool:
 
 
 def _is_mine(run_dir: Path, invitation: Invitation, node: str) -> bool:
-    """Whether this agent is the one that acts for all: the first to claim it.
+    """Return whether this agent is the first to claim the right to act for all.
 
     Not simply the one with the lowest name: that is most often on the host that died with the supervisor.
     """
-    path = run_dir / f"launch/orphaned-{hashlib.sha256(invitation.token.encode()).hexdigest()[:8]}"
+    path = RunFolder(run_dir).launch.orphaned(hashlib.sha256(invitation.token.encode()).hexdigest()[:8])
     try:
         with path.open("x") as file:
             file.write(f"{node}\n")
@@ -272,4 +275,4 @@ def _is_mine(run_dir: Path, invitation: Invitation, node: str) -> bool:
 
 
 def _say(node: str, text: str) -> None:
-    print(f"megamoe: agent on {node}: {text}", file=sys.stderr, flush=True)
+    say(f"agent on {node}: {text}")

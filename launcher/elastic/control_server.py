@@ -1,4 +1,4 @@
-"""The supervisor's control port: agents come to it, prove that they belong to the run, and are heard from."""
+"""The supervisor's control port: agents join here, prove that they belong to the run, and report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ class Node:
         joined: seconds since the epoch.
         gone: why it is lost; empty while it is there.
         asked: signal by which its agent was asked to stop; 0 if it was not.
-        inbox: messages that are for the attempt.
     """
 
     name: str
@@ -43,11 +42,27 @@ class Node:
     joined: float = field(default_factory=time.time)
     gone: str = ""
     asked: int = 0
-    inbox: list[Message] = field(default_factory=list)
+    _inbox: list[Message] = field(default_factory=list, repr=False)
+
+    def put(self, message: Message) -> None:
+        """Keep a message for whoever waits for it."""
+        self._inbox.append(message)
+
+    def take_all(self) -> list[Message]:
+        """Take out all messages, oldest first."""
+        messages, self._inbox = self._inbox, []
+        return messages
+
+    def take(self, verb: str) -> Message | None:
+        """Take out the oldest message of a verb; None when there is none."""
+        for place, message in enumerate(self._inbox):
+            if message["verb"] == verb:
+                return self._inbox.pop(place)
+        return None
 
 
 class Hub:
-    """Listens for agents. Nothing happens but in :meth:`poll`, which has to be called again and again.
+    """Listens for agents. All work happens in :meth:`poll`; call it in a loop.
 
     A node is lost when its connection ends or when it is not heard from for ``timeout`` seconds. Agents take the
     supervisor for lost a little sooner (``patience`` in the welcome), so that the ranks of a node that was cut off are
@@ -55,12 +70,11 @@ class Hub:
 
     Attributes:
         nodes: by name, those that are there.
-        news: (what, node) in the order in which nodes have joined and were lost, for the reader to take out.
     """
 
     def __init__(self, run_dir: Path, job: str, timeout: float, terminal: Terminal) -> None:
         self.nodes: dict[str, Node] = {}
-        self.news: list[tuple[str, Node]] = []
+        self._news: list[tuple[str, Node]] = []
         self._timeout, self._terminal = timeout, terminal
         self._newcomers: dict[Wire, tuple[str, float, float]] = {}
         self._refused: dict[str, str] = {}
@@ -77,7 +91,7 @@ class Hub:
 
     def poll(self, seconds: float) -> None:
         """Take in what comes within ``seconds``; returns at once when something does."""
-        self._reap()  # what was found broken when it was written to has no file descriptor any more
+        self._reap()  # a connection that broke while it was written to has no file descriptor any more
         wires = {node.wire: node for node in self.nodes.values()}
         sources: list[Wire | socket.socket] = [self._listener, *wires, *self._newcomers]
         for source in select.select(sources, [], [], seconds)[0]:
@@ -96,8 +110,13 @@ class Hub:
             for node in self.nodes.values():
                 node.wire.send("alive")
 
+    def take_news(self) -> list[tuple[str, Node]]:
+        """Take out which nodes have ``joined`` and which were ``lost`` since the last call, oldest first."""
+        news, self._news = self._news, []
+        return news
+
     def address(self, node: Node) -> str:
-        """IP address at which the other nodes reach ``node``.
+        """Return the IP address at which the other nodes reach ``node``.
 
         That is where its connection comes from. An agent on our own host may have come by any of the host's addresses,
         a bridge of containers for one; then it is the address that agents on other hosts have come to.
@@ -110,19 +129,19 @@ class Hub:
         return theirs
 
     def refuse(self, name: str, why: str) -> None:
-        """The node of this name takes no part any more, also when it comes again."""
+        """Turn away the node of this name, now and whenever it comes again."""
         self._refused[name] = why
         if node := self.nodes.get(name):
             node.wire.send("refused", why=why)
             self._lose(node, why)
 
     def dismiss(self, node: Node, why: str) -> None:
-        """This node's agent is to end; another of that name is welcome."""
+        """End this node's agent; another one of that name is welcome."""
         node.wire.send("bye")
         self._lose(node, why)
 
     def close(self) -> None:
-        """Dismiss all agents, which end their ranks; nobody finds this supervisor any more."""
+        """Dismiss all agents, which then end their ranks, and take the invitation away."""
         self._invitation.remove(self._run_dir)
         for node in self.nodes.values():
             node.wire.send("bye")
@@ -164,7 +183,7 @@ class Hub:
             wire.close("turned away")
             return
         answer = proof(self._invitation.token, "supervisor", theirs)
-        # Sooner than we give up on it: then its ranks have ended before the next attempt begins.
+        # Less than our own time-out, so that its ranks have ended before the next attempt begins.
         wire.send("welcome", proof=answer, patience=self._timeout * 2 / 3)
         if name in self._refused:
             wire.send("refused", why=self._refused[name])
@@ -175,7 +194,7 @@ class Hub:
         self.nodes[name] = Node(
             name, job, [str(each) for each in problems], clock_difference(clock, challenged, time.time()), wire
         )
-        self.news.append(("joined", self.nodes[name]))
+        self._news.append(("joined", self.nodes[name]))
 
     def _take(self, node: Node, message: Message) -> None:
         match message:
@@ -186,7 +205,7 @@ class Hub:
             case {"verb": "output", "text": str(text), "stderr": bool(to_stderr)}:
                 self._terminal.pass_on(text.encode(errors="surrogateescape"), to_stderr)
             case _:
-                node.inbox.append(message)
+                node.put(message)
 
     def _reap(self) -> None:
         now = time.monotonic()
@@ -204,4 +223,4 @@ class Hub:
         node.gone = why
         node.wire.close(why)
         del self.nodes[node.name]
-        self.news.append(("lost", node))
+        self._news.append(("lost", node))

@@ -1,11 +1,11 @@
-"""What a run over nodes tells about itself: RUN/launch/state.json now, RUN/launch/events.jsonl since its beginning.
+"""What a run over nodes records about itself: RUN/launch/state.json (now) and RUN/launch/events.jsonl (its history).
 
 An event is {"time": seconds since the epoch, "event": what, "node": name or null, "step": number or null, "detail": {...}}.
 
     supervisor  one has started on `detail.host`, in job `detail.job`; its process at `detail.started`
     orphaned    an agent has had the run started again, since its supervisor is dead
     joined      a node's agent has come; detail.job
-    excluded    a node is not to be used any more; detail.why
+    excluded    a node is no longer used; detail.why
     lost        a node is gone; detail.why
     failed      a rank has ended; detail.rank, detail.how
     measured    the links between nodes were; detail: nodes, all_reduce_gbit, told (what is slow)
@@ -13,7 +13,7 @@ An event is {"time": seconds since the epoch, "event": what, "node": name or nul
                 rank, hang, port, spare, back (a node that was lost is there again), shrink, grow, leave (a node was taken
                 away with a warning), again (the run was started again), host (its supervisor had died). `since` is the
                 time at which that was noticed.
-    step        the first step of an attempt is in the metrics (of very short ones perhaps the second)
+    step        the first step of an attempt is in the metrics (perhaps the second, where steps are very short)
     ended       all ranks of an attempt have ended; detail.statuses
     stop        asked to stop by detail.signal; what follows is the saving
     again       the cluster was asked to start the run again; detail.why, detail.accepted
@@ -30,13 +30,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STATE = "launch/state.json"
-EVENTS = "launch/events.jsonl"
+from megamoe.core.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """From a fault that was noticed to the first step after it.
+    """The time from a fault to the first step after it.
 
     Attributes:
         kind: as of the attempt.
@@ -56,37 +55,37 @@ class History:
     """Writes both files of a run. An event is one line, so that a crash leaves whole ones."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
-        (run_dir / "launch").mkdir(parents=True, exist_ok=True)
+        self._folder = RunFolder(run_dir).launch
+        self._folder.path.mkdir(parents=True, exist_ok=True)
         self._last = ""
 
     def event(self, event: str, node: str | None = None, step: int | None = None, **detail: object) -> None:
         """Add an event."""
         line = json.dumps({"time": time.time(), "event": event, "node": node, "step": step, "detail": detail})
-        with (self._run_dir / EVENTS).open("a") as file:
+        with self._folder.events.open("a") as file:
             file.write(line + "\n")
 
     def state(self, state: Mapping[str, object]) -> None:
-        """Replace the state, if it is another."""
+        """Replace the state if it has changed."""
         text = json.dumps(state, indent=1)
         if text != self._last:
             self._last = text
-            temporary = self._run_dir / (STATE + ".tmp")
+            temporary = self._folder.state.with_name(f"{self._folder.state.name}.tmp")
             temporary.write_text(text + "\n")
-            temporary.replace(self._run_dir / STATE)
+            temporary.replace(self._folder.state)
 
 
 def is_over(run_dir: Path) -> bool:
-    """Whether the last supervisor of a run has ended it, with no other to come by itself."""
+    """Return whether the last supervisor of a run has ended it, with no other to come by itself."""
     try:
-        return json.loads((run_dir / STATE).read_text())["phase"] in ("done", "stopped", "failed")
+        return json.loads(RunFolder(run_dir).launch.state.read_text())["phase"] in ("done", "stopped", "failed")
     except FileNotFoundError:
         return False
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """All events of a run in order; none before the first. A line that a crash cut is left out."""
-    path = run_dir / EVENTS
+    """Return all events of a run in order. A line that a crash cut short is skipped."""
+    path = RunFolder(run_dir).launch.events
     events = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -95,7 +94,7 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def recoveries(run_dir: Path) -> list[Recovery]:
-    """How long each fault of a run has stopped it, in order; those that were followed by the next before any step: not."""
+    """Return how long each fault has stopped a run, in order; skip a fault that the next one followed before any step."""
     found = []
     start: dict[str, Any] | None = None
     waited, before = 0.0, 0.0
@@ -122,13 +121,13 @@ class FirstStep:
     EVERY = 0.1  # seconds between looks
 
     def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / "metrics.jsonl"
+        self._path = RunFolder(run_dir).metrics
         self._seen = self._look()
         self._looked = 0.0
         self.done = False
 
     def came(self) -> bool:
-        """Whether it has come since the last call; True once."""
+        """Return True once, at the first call after the step has come."""
         if self.done or time.monotonic() - self._looked < self.EVERY:
             return False
         self._looked = time.monotonic()
@@ -137,9 +136,9 @@ class FirstStep:
         return self.done
 
     def _look(self) -> tuple[int, int]:
-        """(inode, size); a file that is not there yet is as good as an empty one."""
+        """Return (inode, size); a file that is not there yet counts as an empty one."""
         try:
-            with self._path.open("rb") as file:  # opened, as a network file system shows a new size only then
+            with self._path.open("rb") as file:  # opened, since a network file system shows a new size only then
                 file.seek(0, 2)
                 return self._path.stat().st_ino, file.tell()
         except FileNotFoundError:

@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megamoe.core.errors import UserError
-
-FILE = "launch/supervisor.json"
+from megamoe.core.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class Invitation:
     job: str
 
     def write(self, run_dir: Path) -> None:
-        """Put it into the run's folder, for this user's eyes only."""
-        path = run_dir / FILE
+        """Write it into the run's folder, readable by this user alone."""
+        path = RunFolder(run_dir).launch.supervisor
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.unlink(missing_ok=True)
@@ -41,18 +40,18 @@ class Invitation:
         temporary.replace(path)
 
     def remove(self, run_dir: Path) -> None:
-        """The run needs no agents any more; not if another supervisor has taken over."""
+        """Remove it from the run's folder, unless another supervisor has taken over."""
         if read_invitation(run_dir) == self:
-            (run_dir / FILE).unlink(missing_ok=True)
+            RunFolder(run_dir).launch.supervisor.unlink(missing_ok=True)
 
 
 def read_invitation(run_dir: Path) -> Invitation | None:
-    """The invitation of a run's supervisor; None when there is none.
+    """Read the invitation of a run's supervisor; None when there is none.
 
     Raises:
         UserError: the file is somebody else's, who could have this node start what he likes.
     """
-    path = run_dir / FILE
+    path = RunFolder(run_dir).launch.supervisor
     try:
         with path.open() as file:
             owner = os.fstat(file.fileno()).st_uid
@@ -70,7 +69,7 @@ class Pulse:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / "launch/pulse"
+        self._path = RunFolder(run_dir).launch.pulse
 
     def beat(self) -> None:
         """Say that the supervisor is alive; a full disk does not end the run."""
@@ -78,7 +77,7 @@ class Pulse:
             self._path.write_text(f"{time.time()}\n")
 
     def read(self) -> str:
-        """What the last beat has written; empty if there was none."""
+        """Return what the last beat has written; empty if there was none."""
         try:
             return self._path.read_text()
         except OSError:

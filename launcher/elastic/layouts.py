@@ -1,4 +1,4 @@
-"""Which layout a number of ranks gets, when the one of the config does not fit it."""
+"""Choose a layout for a number of ranks that the config's layout does not fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megamoe.parallel.layout import Layout, plan_layout
 
 
 def choose_layout(config: Config, ranks: int) -> Layout | None:
-    """The layout of ``ranks`` ranks that is nearest to the config's; None when there is none.
+    """Return the layout of ``ranks`` ranks that is nearest to the config's; None when no layout fits.
 
     Global batch, micro-batch and so the order of samples stay; accumulation follows. Near is what changes the fewest
     factors of two in ``parallel.pipeline`` and ``parallel.expert``; of two that are equally near, the one that leaves
@@ -27,17 +27,17 @@ def choose_layout(config: Config, ranks: int) -> Layout | None:
 
 
 def layout_overrides(layout: Layout) -> list[str]:
-    """What makes ranks use ``layout``, as ``KEY=VALUE``."""
+    """Return the ``KEY=VALUE`` settings that make ranks use ``layout``."""
     return [f"parallel.pipeline={layout.pipeline}", f"parallel.expert={layout.expert}"]
 
 
 def ranks_per_node(config: Config) -> int:
-    """Ranks of each node: as set, or one for each GPU, or one."""
+    """Return the ranks of each node: as set, or one per GPU, or one."""
     return config.launch.ranks_per_node or config.launch.gpus_per_node or 1
 
 
 def team_sizes(config: Config) -> list[int]:
-    """The numbers of nodes that the run can work with, from ``launch.min_nodes`` to ``launch.nodes``.
+    """Return the numbers of nodes that the run can work with, from ``launch.min_nodes`` to ``launch.nodes``.
 
     Raises:
         UserError: there are none.

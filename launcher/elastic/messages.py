@@ -25,7 +25,7 @@ Message = dict[str, Any]
 
 
 class Wire:
-    """One end of a connection. Sending is possible from any thread; an error closes it, and nothing is raised.
+    """One end of a connection. Any thread may send. An error closes the connection; nothing is raised.
 
     Attributes:
         addresses: IP addresses of this end and of the other.
@@ -43,7 +43,7 @@ class Wire:
         self._unread: list[Message] = []
 
     def fileno(self) -> int:
-        """For ``select``; not after the end."""
+        """Return the file descriptor for ``select``; -1 after the end."""
         return self._socket.fileno()
 
     def send(self, verb: str, **fields: object) -> None:
@@ -58,14 +58,14 @@ class Wire:
                     self.close(f"cannot be written to ({error})")
 
     def receive(self, seconds: float) -> list[Message]:
-        """The messages that are there, or that come within ``seconds``; may be none."""
+        """Return the messages that are there or come within ``seconds``; there may be none."""
         if not self._unread:
             self._read(seconds)
         messages, self._unread = self._unread, []
         return messages
 
     def first(self, seconds: float) -> Message | None:
-        """The next message alone; None when none comes within ``seconds``."""
+        """Return the next message alone; None when none comes within ``seconds``."""
         if not self._unread:
             self._read(seconds)
         return self._unread.pop(0) if self._unread else None
@@ -104,16 +104,16 @@ class Wire:
 
 
 def proof(token: str, side: str, nonce: str) -> str:
-    """What shows that ``side`` (agent, supervisor) knows the token."""
+    """Compute the proof that ``side`` (agent, supervisor) knows the token."""
     return hmac.new(token.encode(), f"{side}:{nonce}".encode(), hashlib.sha256).hexdigest()
 
 
 def proves(message: Mapping[str, Any], token: str, side: str, nonce: str) -> bool:
-    """Whether ``message`` has the proof of ``side``; compared in constant time."""
+    """Check the proof of ``side`` in ``message``, in constant time."""
     given = message.get("proof")
     return isinstance(given, str) and hmac.compare_digest(given.encode(), proof(token, side, nonce).encode())
 
 
 def new_nonce() -> str:
-    """A number that was never used before; also good as a token."""
+    """Make a number that was never used before; also good as a token."""
     return secrets.token_hex(32)

@@ -14,6 +14,7 @@ from launcher.elastic.messages import Message
 from launcher.workers.placement import Place
 from launcher.workers.processes import write_pids
 from launcher.workers.rank_group import POLL, RankGroup
+from megamoe.core.run_folder import AttemptFolder
 
 ANSWER = 2.0  # seconds; an agent answers in milliseconds, unless its node is in trouble
 
@@ -42,18 +43,18 @@ class Team(RankGroup):
         config: Path,
         resume: str,
         overrides: Sequence[str],
-        folder: Path,
+        folder: AttemptFolder,
         bind: bool,
     ) -> None:
         self.nodes = list(nodes)
-        self.logs = {rank: folder / f"rank-{rank:05d}.log" for rank in range(len(nodes) * ranks)}
+        self.folder = folder
+        self.logs = {rank: folder.log(rank) for rank in range(len(nodes) * ranks)}
         self.pids = {}
-        self._hub, self._ranks, self._folder = hub, ranks, folder
-        self._attempt = int(folder.name.removeprefix("attempt-"))
+        self._hub, self._ranks, self._attempt = hub, ranks, folder.number
         self._ended: dict[int, int] = {}
         self._idle: set[Node] = set()
         for node in self.nodes:
-            node.inbox.clear()  # of earlier attempts
+            node.take_all()  # of earlier attempts
         port = self._port()
         if port is None:
             return  # the first node is lost
@@ -77,24 +78,23 @@ class Team(RankGroup):
 
     def __exit__(self, *_: object) -> None:
         self._tell("end", attempt=self._attempt)
-        # Without a limit of its own: a node that does not answer is lost after launch.node_timeout.
+        # No limit is needed here: a node that does not answer is lost after launch.node_timeout.
         while any(node not in self._idle for node in self._there()):
             self.pause(POLL)
 
     def lost(self) -> list[Node]:
-        """The nodes that were lost since the start."""
+        """Return the nodes that were lost since the start."""
         return [node for node in self.nodes if node.gone]
 
     def of_node(self, node: Node) -> range:
-        """The ranks of one of the nodes."""
+        """Return the ranks of one of the nodes."""
         first = self.nodes.index(node) * self._ranks
         return range(first, first + self._ranks)
 
     def ended(self) -> Mapping[int, int]:
-        """As of all ranks; those of a lost node count as killed."""
+        """As in the base class; the ranks of a lost node count as killed."""
         for node in self.nodes:
-            messages, node.inbox[:] = list(node.inbox), []
-            for message in messages:
+            for message in node.take_all():
                 self._take(node, message)
             if node.gone:
                 for rank in self.of_node(node):
@@ -113,7 +113,7 @@ class Team(RankGroup):
         return found
 
     def pause(self, seconds: float) -> None:
-        """Hear what the agents say."""
+        """Take in what the agents say for so long."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             self._hub.poll(left)
@@ -125,13 +125,11 @@ class Team(RankGroup):
         return None if answer is None else int(answer["port"])
 
     def _answer(self, node: Node, verb: str, seconds: float) -> Message | None:
-        """What ``node`` says to a question; None if it is lost, or silent for ``seconds``."""
+        """Wait for the answer of ``node`` to a question; None if it is lost, or silent for ``seconds``."""
         deadline = time.monotonic() + seconds
         while not node.gone and time.monotonic() < deadline:
-            for message in node.inbox:
-                if message["verb"] == verb:
-                    node.inbox.remove(message)
-                    return message
+            if (message := node.take(verb)) is not None:
+                return message
             self._hub.poll(POLL)
         return None
 
@@ -142,7 +140,7 @@ class Team(RankGroup):
             case {"verb": "started", "pids": dict(pids)}:
                 self.pids |= {int(rank): int(pid) for rank, pid in pids.items() if int(rank) in self.of_node(node)}
                 if len(self.pids) == len(self.logs):
-                    write_pids(self._folder, dict(sorted(self.pids.items())))
+                    write_pids(self.folder, dict(sorted(self.pids.items())))
             case {"verb": "ended", "rank": int(rank), "status": int(status)} if rank in self.of_node(node):
                 self._ended.setdefault(rank, status)
             case {"verb": "idle"}:

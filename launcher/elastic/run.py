@@ -1,10 +1,12 @@
-"""Runs a training on many nodes, from the batch host: decides who works, and what happens when one is lost.
+"""Run a training on many nodes from the batch host.
 
-What may happen, the cheapest first: a rank dies or hangs, and all ranks start again on the same nodes. A node is lost:
-one that stands by takes its place, or else the run goes on with the nodes that are left, in another layout. A node comes:
-the ranks save at once and stop, and all start on more nodes. They do not wait for the next regular checkpoint: a save
-costs seconds, a regular checkpoint may be an hour away, and until then the node would stand idle; no step is lost either
-way. Too few nodes are left: the cluster starts the run again.
+What may happen, the cheapest first:
+
+* A rank dies or hangs: all ranks start again on the same nodes.
+* A node is lost: one that stands by takes its place; without one, the run resumes on the remaining nodes in another layout.
+* A node comes: the ranks save at once and stop, and all start on more nodes. They do not wait for the next regular
+  checkpoint, which may be an hour away, while a save costs seconds. No step is lost either way.
+* Too few nodes are left: the cluster starts the run again.
 """
 
 from __future__ import annotations
@@ -14,18 +16,17 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.elastic.cluster import Cluster
+from launcher.elastic.cluster import Cluster, Wishes
 from launcher.elastic.control_server import Hub
 from launcher.elastic.events import History
 from launcher.elastic.layouts import team_sizes
-from launcher.elastic.node_requests import Wishes
 from launcher.elastic.starts import how_it_begins, in_vain, process_start
 from launcher.elastic.state_file import Report
 from launcher.elastic.supervisor import Request, Supervisor
 from launcher.health.node import room_problem
 from launcher.workers.output import Terminal
-from launcher.workers.processes import caught_signals
 from launcher.workers.run_progress import run_state
+from launcher.workers.stop_signals import caught_signals
 from megamoe.config import Config
 from megamoe.core.errors import UserError
 from megamoe.core.exit_status import NO_PROGRESS, STOPPED
@@ -67,7 +68,8 @@ def supervise(config_path: Path, overrides: Sequence[str], resume: str, settings
     history.event("supervisor", host=socket.gethostname(), job=cluster.job, pid=os.getpid(), started=process_start())
     report = Report(history, hub, cluster.job)
     request = Request(config_path, overrides, settings, sizes)
-    # To the very end: being started again begins with signals to this process, and wishes still have to be cancelled.
+    # Signals are caught to the very end: a restart by SLURM begins with signals to this process, which still has to
+    # cancel what it asked the cluster for.
     with caught_signals() as caught:
         try:
             with Wishes(cluster, terminal) as wishes:
@@ -75,7 +77,7 @@ def supervise(config_path: Path, overrides: Sequence[str], resume: str, settings
                 try:
                     end = supervisor.run(cluster.start_agents(), kind, since)
                 finally:
-                    hub.close()  # before the run is started again, or an agent would take us for dead meanwhile
+                    hub.close()  # first: an agent would take us for dead while the run is being started again
             phase = {0: "done", STOPPED: "stopped"}.get(end.status, "failed")
             status = end.status
             if end.again is not None:

@@ -1,4 +1,4 @@
-"""RUN/launch/state.json: what the supervisor and its nodes do now."""
+"""Keep RUN/launch/state.json up to date: what the supervisor and its nodes do now."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megamoe.parallel.layout import Layout
 
 
 class Report:
-    """Keeps the state up to date.
+    """Writes the state whenever it changes.
 
     Attributes:
         job: allocation that the supervisor runs in.
@@ -28,12 +28,12 @@ class Report:
     def state(
         self,
         phase: str,
-        attempt: str | None = None,
+        attempt: int | None = None,
         layout: Layout | None = None,
         team: Team | None = None,
         resume: str | None = None,
     ) -> None:
-        """The run is in this phase now: starting, waiting, running, stopping, done, stopped, again, failed."""
+        """Enter a phase: starting, waiting, checking, running, stopping, done, stopped, again or failed."""
         self._team = team
         self._current = {
             "phase": phase,
@@ -41,14 +41,14 @@ class Report:
             "job": self.job,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "attempt": int(attempt.removeprefix("attempt-")) if attempt is not None else None,
+            "attempt": attempt,
             "layout": layout.describe() if layout is not None else None,
             "resume": resume,
         }
         self.refresh()
 
     def refresh(self) -> None:
-        """The nodes have changed."""
+        """Write the state again, since the nodes have changed."""
         working = self._team.nodes if self._team is not None else []
         lost = [node for node in working if node.gone]
         rows = [

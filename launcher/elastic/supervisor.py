@@ -1,36 +1,61 @@
-"""The loop of the supervisor: one attempt after the other, on the nodes that are there."""
+"""The loop of the supervisor: turns what happens to a run into events, and carries out what is decided.
+
+What follows from an event stands in :mod:`launcher.elastic.decide`.
+"""
 
 from __future__ import annotations
 
-import signal
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.elastic.cluster import Wishes
 from launcher.elastic.control_server import Hub, Node
+from launcher.elastic.decide import decide, stopped_between
 from launcher.elastic.events import FirstStep, History
-from launcher.elastic.invitation import FILE
 from launcher.elastic.layouts import choose_layout, layout_overrides, ranks_per_node
-from launcher.elastic.node_choice import Losses, best_size, choose_nodes
-from launcher.elastic.node_requests import Wishes
+from launcher.elastic.node_choice import Losses
 from launcher.elastic.remote_ranks import Team
 from launcher.elastic.state_file import Report
+from launcher.elastic.steps import (
+    Action,
+    AttemptEnded,
+    Came,
+    Candidate,
+    Close,
+    Decision,
+    Event,
+    Examine,
+    Examined,
+    Finish,
+    Gather,
+    Gathering,
+    Halted,
+    Rules,
+    Settle,
+    Settled,
+    Start,
+    State,
+    StopBetween,
+    Told,
+    Wait,
+    Working,
+)
 from launcher.health.examination import examine
 from launcher.health.node import clock_problem
-from launcher.workers.ending import PEER_GRACE, explain, how, last_words, new_attempt, resume_after
-from launcher.workers.output import Terminal, last_lines, signal_name
+from launcher.workers.ending import PEER_GRACE, explain, last_words, new_attempt, resume_after
+from launcher.workers.output import Terminal
 from launcher.workers.rank_group import POLL
-from launcher.workers.run_progress import Restarts, RunState, run_state
-from launcher.workers.stop import asked_to_stop, stop_ranks, stop_status
+from launcher.workers.run_progress import Restarts, run_state
+from launcher.workers.stop import asked_to_stop, stop_ranks, stop_words
+from launcher.workers.stop_signals import StopSignals
 from megamoe.config import Config
-from megamoe.core.exit_status import FAILED, HUNG, NO_PROGRESS, STOPPED
+from megamoe.core.exit_status import how_it_ended, signal_name
+from megamoe.core.rank_end import EndKind
+from megamoe.core.run_folder import AttemptFolder, RunFolder
 from megamoe.parallel.layout import Layout
 
-COMING = 120.0  # seconds for the agents of the allocation to come: Python from a cold network file system takes its time
-SETTLED = 2.0  # seconds; nodes that come together are taken in together
-PORT_TRIES = 3
 SAME_SIGNAL = 2.0  # seconds within which a signal for the whole job reaches its agents and its supervisor
 CHANGES = {"grow": "nodes have come", "leave": "a node is taken away"}
 
@@ -46,29 +71,20 @@ class Request:
 
 
 @dataclass(frozen=True)
-class End:
-    """The supervisor's work is done: exit status, and why the run is to be started again, if it is."""
-
-    status: int
-    again: str | None = None
-
-
-@dataclass(frozen=True)
-class _Ended:
-    """An attempt that has ended: how, and what was done on the way."""
+class _Attempt:
+    """An attempt that has ended."""
 
     team: Team
     noticed: float
     culprit: tuple[int, int] | None
-    stop: bool
-    change: str | None
+    close: Close
     by_themselves: bool
     frozen: Mapping[int, list[int]]
     stepped: bool
 
 
 class Supervisor:
-    """Decides who works, starts attempts, watches them, and judges how they ended.
+    """Gathers nodes, starts attempts, watches them and ends them, as :func:`launcher.elastic.decide.decide` says.
 
     Args:
         request: what is to be run.
@@ -78,7 +94,7 @@ class Supervisor:
         history: gets the events.
         wishes: to the cluster.
         terminal: for what people read.
-        caught: signals that ask to stop, filled while this runs.
+        caught: signals to this process that ask to stop.
     """
 
     def __init__(
@@ -90,74 +106,88 @@ class Supervisor:
         history: History,
         wishes: Wishes,
         terminal: Terminal,
-        caught: list[int],
+        caught: StopSignals,
     ) -> None:
         self._request, self._resume, self._hub, self._report = request, resume, hub, report
         self._history, self._wishes, self._terminal, self._caught = history, wishes, terminal, caught
         self._settings, self._limits = request.settings, request.settings.launch
         self._run_dir = request.settings.run.folder
-        # By the clock of the file system, with which the times of checkpoints are compared.
-        self._launched = (self._run_dir / FILE).stat().st_mtime
-        self._restarts, self._losses = Restarts(self._limits), Losses(self._limits)
-        self._port_tries = 0
-        self._by_agents: list[int] = []  # what of the caught signals only reached agents
-        self._came: set[str] = set()
-        self._before: list[str] = []
+        # Read from the clock of the file system, since it is compared with the times of checkpoints.
+        self._launched = RunFolder(self._run_dir).launch.supervisor.stat().st_mtime
         self._at_work: list[Node] = []
         self._measured: set[Node] = set()
 
-    def run(self, expected: int, kind: str, since: float) -> End:
-        """One attempt after the other; the first waits for ``expected`` agents."""
-        while True:
-            nodes = self._gather(expected, kind)
-            if self._caught:
-                return self._stop_between()
-            if nodes is None:
-                there = len(self._hub.nodes)
-                return End(FAILED, f"only {there} nodes are left, and the run needs {self._request.sizes[0]}")
-            if not self._sound(nodes):
-                continue
-            if kind == "lost":
-                kind = self._how_replaced(nodes)
-            ended = self._attempt(nodes, kind, since)
-            state = run_state(self._run_dir, self._launched)
-            self._resume = resume_after(self._resume, state.checkpoint)
-            verdict = self._judge(ended, state)
-            if isinstance(verdict, End):
-                return verdict
-            kind, since = verdict, ended.noticed
+    def run(self, expected: int, kind: str, since: float) -> Finish:
+        """Run one attempt after the other until the run is over.
 
-    def _gather(self, expected: int, kind: str) -> list[Node] | None:
-        """The nodes of the next attempt; None when too few came. Also ends when a signal was caught.
-
-        The first attempt waits for all nodes that it may have, the others for as many as worked before, and after
-        ``launch.node_wait`` takes what is there.
+        Args:
+            expected: agents that the cluster has started.
+            kind: why the first attempt begins.
+            since: when what led to it was noticed.
         """
-        sizes, began = self._request.sizes, time.monotonic()
-        first = not self._before
+        rules = Rules(self._limits, self._request.sizes, expected, self._run_dir)
+        self._state = State(rules, kind, Restarts(self._limits), Losses(self._limits))
+        self._seen = 0  # of the signals that were caught
+        action: Action = Gather()
+        chosen: list[Node] = []
+        while True:
+            match action:
+                case Finish():
+                    return action
+                case Examine(names):
+                    chosen = [self._hub.nodes[name] for name in names]
+                    action = self._examine(chosen)
+                case Start(_, kind):
+                    attempt = self._attempt(chosen, kind, since)  # one that is lost already ends it at once
+                    since = attempt.noticed
+                    action = self._judge(attempt)
+                case StopBetween():
+                    self._note_stop()
+                    action = stopped_between(run_state(self._run_dir, self._launched))
+                case Settle(status, words):
+                    self._await_same_signal()
+                    action = self._decide(Settled(status, words))
+                case _:
+                    action = self._gather()
+
+    def _decide(self, event: Event) -> Action:
+        """Take in the signals that have come, then ``event``."""
+        return self._carry_out(self._ask(event))
+
+    def _ask(self, event: Event) -> Decision:
+        for number in self._caught.received[self._seen :]:
+            self._seen += 1
+            self._state = decide(self._state, Told(number)).state
+        decision = decide(self._state, event)
+        self._state = decision.state
+        return decision
+
+    def _carry_out(self, decision: Decision) -> Action:
+        for name, why in decision.exclude:
+            self._exclude(name, why)
+        for line in decision.say:
+            self._terminal.say(line)
+        return decision.action
+
+    def _gather(self) -> Action:
+        began = time.monotonic()
+        first = not self._state.before
         self._at_work = []
         self._report.state("starting" if first else "waiting")
-        while not self._caught:
+        while True:
             self._look(wish=not first)
-            waited = time.monotonic() - began
-            usable = self._usable()
-            size = best_size(sizes, len(usable))
-            wait = COMING if first and len(self._came) < expected else self._limits.node_wait
-            goal = sizes[-1] if first else min(len(self._before), sizes[-1])
-            if size is not None and (size >= goal or waited >= wait):
-                return choose_nodes(usable, self._before, size)
-            if size is None and waited >= max(wait, self._limits.node_timeout):
-                return None
+            action = self._decide(Gathering(time.monotonic() - began, self._candidates()))
+            if not isinstance(action, Wait):
+                return action
             self._hub.poll(POLL)
-        return None
 
-    def _sound(self, nodes: list[Node]) -> bool:
-        """Whether these nodes are fit to work together; those that are not are excluded."""
-        health = self._limits.health
+    def _examine(self, nodes: list[Node]) -> Action:
+        """Check whether these nodes are fit to work together."""
+        health, names = self._limits.health, tuple(node.name for node in nodes)
         if health.check == "off":
-            return True
-        # With those that stand by: one that takes a lost node's place is not measured then.
-        wanted = [*nodes, *(node for node in self._usable() if node not in nodes)]
+            return self._decide(Examined(names, sound=True))
+        # Nodes that stand by are measured as well, so that one can take a lost node's place without a test.
+        wanted = [*nodes, *(node for node in self._hub.nodes.values() if not node.asked and node not in nodes)]
         measure = health.check == "full" and not self._measured.issuperset(nodes)
         self._report.state("checking")
         found = examine(self._hub, wanted if measure else nodes, self._limits, measure, lambda: bool(self._caught))
@@ -165,18 +195,16 @@ class Supervisor:
             self._terminal.say(line)
         if found.measured:
             self._measured.update(wanted)
-            names = [node.name for node in wanted]
-            self._history.event("measured", nodes=names, all_reduce_gbit=found.all_reduce, told=found.told)
-        for node, why in found.bad:
-            if node.name in self._hub.nodes:
-                self._exclude(node.name, why)
-        return found.complete and not found.bad
+            measured = [node.name for node in wanted]
+            self._history.event("measured", nodes=measured, all_reduce_gbit=found.all_reduce, told=found.told)
+        bad = tuple((node.name, why) for node, why in found.bad if node.name in self._hub.nodes)
+        return self._decide(Examined(names, found.complete and not found.bad, bad))
 
-    def _attempt(self, nodes: list[Node], kind: str, since: float) -> _Ended:
+    def _attempt(self, nodes: list[Node], kind: str, since: float) -> _Attempt:
         layout = choose_layout(self._settings, len(nodes) * ranks_per_node(self._settings))
         assert layout is not None, "team_sizes has found one"
         folder = new_attempt(self._run_dir)
-        self._before, self._at_work = [node.name for node in nodes], nodes
+        self._at_work = nodes
         overrides = [*self._request.overrides, *layout_overrides(layout)]
         first_step = FirstStep(self._run_dir)
         self._announce(folder, nodes, layout, kind, since)
@@ -190,130 +218,88 @@ class Supervisor:
             folder,
             bind=self._limits.bind == "auto",
         ) as team:
-            self._report.state("running", folder.name, layout, team, self._resume)
-            while team.running() and not self._caught and not team.lost() and self._change(team) is None:
+            self._report.state("running", folder.number, layout, team, self._resume)
+            while isinstance(self._decide(self._working(team)), Wait):
                 team.pause(POLL)
                 self._look(wish=True)
                 if first_step.came():
                     self._history.event("step", step=run_state(self._run_dir, 0).reached)
             noticed = time.time()
             culprit = team.culprit() if not team.lost() else None
-            change = self._change(team)
-            asked = asked_to_stop(team)
-            stop = bool(self._caught) or (asked and change is None)
-            if culprit is not None and not asked:
-                change = None
+            halted = Halted(culprit, bool(team.lost()), asked_to_stop(team), self._candidates(), time.time())
+            close = self._decide(halted)
+            assert isinstance(close, Close)
             by_themselves = False
             frozen: Mapping[int, list[int]] = {}
-            if team.lost():
-                pass  # nobody can save without the others: all ranks are killed on the way out
-            elif stop or change is not None:
-                if stop:
-                    self._note_stop()
-                self._report.state("stopping", folder.name, layout, team, self._resume)
-                grace = self._limits.stop_grace + PEER_GRACE
-                why = None if stop or change is None else CHANGES[change]
-                by_themselves = stop_ranks(team, self._caught, grace, self._terminal, why)
-            elif culprit is not None:
+            if close.save:
+                self._report.state("stopping", folder.number, layout, team, self._resume)
+                by_themselves = self._stop(team, close)
+            elif close.last_words and culprit is not None:
                 frozen = last_words(team, culprit[1])
         self._history.event("ended", statuses=dict(team.ended()))
-        return _Ended(team, noticed, culprit, stop, change, by_themselves, frozen, first_step.done)
+        return _Attempt(team, noticed, culprit, close, by_themselves, frozen, first_step.done)
 
-    def _judge(self, ended: _Ended, state: RunState) -> End | str:
-        """What comes after an attempt: the end, or another one of this kind."""
-        team, statuses = ended.team, ended.team.ended().values()
-        if ended.stop:
-            status, words = stop_status(statuses, self._caught, ended.by_themselves, state)
-            return self._stopped(status, words)
-        if lost := team.lost():  # perhaps only found out while its ranks were to be ended: they are not to blame
-            return self._judge_losses([node.name for node in lost], state)
-        if not any(statuses):
-            return End(0)
-        if ended.change is not None:
-            if not ended.by_themselves:
-                self._terminal.say("not all ranks have saved in time (launch.stop_grace): back to the last checkpoint")
-            return ended.change
-        assert ended.culprit is not None
-        return self._judge_failure(ended, ended.culprit, state)
+    def _working(self, team: Team) -> Working:
+        return Working(team.running(), bool(team.lost()), self._candidates(), time.time())
 
-    def _judge_losses(self, names: list[str], state: RunState) -> End | str:
-        for name in self._losses.note(names, state):
-            self._exclude(name, f"lost {self._limits.max_restarts + 1} times since the last checkpoint")
-        if why := self._losses.stuck():
-            self._terminal.say(why)
-            return End(NO_PROGRESS)
-        return "lost"
+    def _stop(self, team: Team, close: Close) -> bool:
+        """Have the ranks save and end; return whether all have ended by themselves."""
+        if close.stop:
+            self._note_stop()
+            self._terminal.say(stop_words(self._signals()))
+        elif close.change is not None:
+            self._terminal.say(f"{CHANGES[close.change]}: the ranks save and stop, to go on with other nodes")
+        return stop_ranks(team, self._signals, self._limits.stop_grace + PEER_GRACE)
 
-    def _judge_failure(self, ended: _Ended, culprit: tuple[int, int], state: RunState) -> End | str:
-        rank, status = culprit
-        self._history.event("failed", node=self._node_of(ended.team, rank), rank=rank, how=how(status))
-        explain(ended.team, culprit, ended.frozen, self._terminal)
-        taken = any("EADDRINUSE" in line for line in last_lines(ended.team.logs[0], 100))
-        if taken and not ended.stepped and self._port_tries < PORT_TRIES:
-            self._port_tries += 1
-            self._terminal.say("somebody took the port of rank 0: once more with another")
-            return "port"
-        what = f"all {len(ended.team.logs)} ranks with --resume {self._resume}"
-        given_up = self._restarts.after(state, culprit, what, self._run_dir, self._terminal)
-        if given_up is not None:
-            return End(given_up)
-        return "hang" if status == HUNG else "rank"
+    def _judge(self, attempt: _Attempt) -> Action:
+        run = run_state(self._run_dir, self._launched)
+        self._resume = resume_after(self._resume, run.checkpoint)
+        team, first = attempt.team, attempt.team.end_of(0)
+        decision = self._ask(
+            AttemptEnded(
+                close=attempt.close,
+                statuses=tuple(team.ended().values()),
+                lost=tuple(node.name for node in team.lost()),
+                culprit=attempt.culprit,
+                by_themselves=attempt.by_themselves,
+                port_taken=not attempt.stepped and first is not None and first.kind is EndKind.PORT_TAKEN,
+                run=run,
+                resume=self._resume,
+            )
+        )
+        if decision.blame is not None:
+            rank, status = decision.blame
+            node = next(node.name for node in team.nodes if rank in team.of_node(node))
+            self._history.event("failed", node=node, rank=rank, how=how_it_ended(status))
+            explain(team, decision.blame, attempt.frozen, self._terminal)
+        return self._carry_out(decision)
+
+    def _signals(self) -> list[int]:
+        """Return the signals to this process and to agents that ask the run to stop, oldest first."""
+        return [*(told.number for told in self._state.signals), *self._caught.received[self._seen :]]
 
     def _note_stop(self) -> None:
-        self._history.event("stop", signal=signal_name(self._caught[0]) if self._caught else None)
+        signals = self._signals()
+        self._history.event("stop", signal=signal_name(signals[0]) if signals else None)
 
-    def _stopped(self, status: int, words: str) -> End:
-        """Somebody has asked to stop: for good, or the run goes on later."""
-        if status == 0:
-            return End(0)
-        if (again := self._why_again()) is not None:
-            self._terminal.say(words)
-            return End(status, again)
-        self._terminal.say(f"{words}; go on with: megamoe launch resume {self._run_dir}")
-        return End(status)
-
-    def _why_again(self) -> str | None:
-        """Why the run is to be started again after the signals that came; None if it is not.
-
-        SIGUSR1 is a time limit. SIGTERM for the agents alone is how SLURM announces preemption: it gives the job its
-        nodes back only if it still runs at the end of the grace, or asks for it. SIGTERM for this process means it: the
-        run was cancelled, or it was requeued, and is started again without our doing.
-        """
+    def _await_same_signal(self) -> None:
+        """Wait for a signal to the whole job, which may have reached the agents before this process."""
         deadline = time.monotonic() + SAME_SIGNAL
-        while not (ours := Counter(self._caught) - Counter(self._by_agents)) and time.monotonic() < deadline:
+        while not self._caught and time.monotonic() < deadline:
             self._hub.poll(POLL)
             self._look(wish=False)
-        if signal.SIGINT in ours:
-            return None
-        if signal.SIGUSR1 in self._caught:
-            return signal_name(signal.SIGUSR1)
-        return None if ours or signal.SIGTERM not in self._by_agents else "SIGTERM for the nodes alone (preemption)"
 
-    def _stop_between(self) -> End:
-        self._note_stop()
-        state = run_state(self._run_dir, self._launched)
-        return self._stopped(
-            STOPPED, f"stopped at step {state.reached} between two attempts; no step that was saved is lost"
+    def _candidates(self) -> tuple[Candidate, ...]:
+        nodes = [*self._hub.nodes.values(), *(node for node in self._at_work if node.gone)]
+        return tuple(
+            Candidate(node.name, node.joined, node.asked, node in self._at_work, bool(node.gone)) for node in nodes
         )
-
-    def _change(self, team: Team) -> str | None:
-        """Why the ranks should save and start again on other nodes: ``leave``, ``grow``, or not at all."""
-        if any(node.asked for node in team.nodes):
-            return "leave"
-        others = [node for node in self._usable() if node not in team.nodes]
-        if not others or time.time() - max(node.joined for node in others) < SETTLED:
-            return None
-        size = best_size(self._request.sizes, len(self._usable()))
-        return "grow" if size is not None and size > len(team.nodes) else None
-
-    def _usable(self) -> list[Node]:
-        return [node for node in self._hub.nodes.values() if not node.asked]
 
     def _look(self, wish: bool) -> None:
         """Take note of who has come and gone, and ask the cluster for what is missing."""
-        news, self._hub.news[:] = list(self._hub.news), []
+        news = self._hub.take_news()
         for what, node in news:
-            self._came.add(node.name)
+            self._ask(Came(node.name))
             self._history.event(what, node=node.name, job=node.job, why=node.gone)
             if what == "lost":
                 self._terminal.say(f"node {node.name} is lost: {node.gone}")
@@ -321,13 +307,14 @@ class Supervisor:
                 self._exclude(node.name, "; ".join(map(str, problems)))
         for node in list(self._hub.nodes.values()):
             if node.asked and node.job == self._report.job:
-                self._by_agents.append(node.asked)  # the whole allocation is to stop
-                self._caught.append(node.asked)
+                self._ask(Told(node.asked, by_agent=True))  # the whole allocation is to stop
                 node.asked = 0
             elif node.asked and node not in self._at_work:
                 self._hub.dismiss(node, f"its job was told to stop ({signal_name(node.asked)})")
+        self._wishes.present(self._hub.nodes)
         if wish:
-            self._wishes.nodes(max(0, self._limits.nodes + self._limits.spares - len(self._usable())))
+            there = sum(not node.asked for node in self._hub.nodes.values())
+            self._wishes.nodes(max(0, self._limits.nodes + self._limits.spares - there))
         if news:
             self._report.refresh()
 
@@ -337,18 +324,12 @@ class Supervisor:
         self._hub.refuse(name, why)
         self._wishes.exclude(name, why)
 
-    def _how_replaced(self, nodes: list[Node]) -> str:
-        names = {node.name for node in nodes}
-        if len(names) < len(self._before):
-            return "shrink"
-        return "back" if names == set(self._before) else "spare"
-
-    def _announce(self, folder: Path, nodes: list[Node], layout: Layout, kind: str, since: float) -> None:
+    def _announce(self, folder: AttemptFolder, nodes: list[Node], layout: Layout, kind: str, since: float) -> None:
         names = [node.name for node in nodes]
         self._terminal.say(f"{folder.name} ({kind}): {', '.join(names)}; {layout.describe()}; --resume {self._resume}")
         self._history.event(
             "attempt",
-            attempt=int(folder.name[8:]),
+            attempt=folder.number,
             kind=kind,
             since=since,
             nodes=names,
@@ -356,6 +337,3 @@ class Supervisor:
             layout=layout.describe(),
             resume=self._resume,
         )
-
-    def _node_of(self, team: Team, rank: int) -> str:
-        return next(node.name for node in team.nodes if rank in team.of_node(node))

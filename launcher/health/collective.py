@@ -17,11 +17,11 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from threading import Thread
 from typing import TYPE_CHECKING
 
 from launcher.health.links import Links, slow_links
 from megamoe.config.launch import HealthConfig
+from megamoe.core.child import end_with_parent
 
 if TYPE_CHECKING:
     import torch
@@ -30,13 +30,13 @@ CANNOT = 2
 ROUNDS = 7  # other nodes that each node is measured with
 MOST_PAIRS = 2000  # a thousand nodes are measured with four others each
 SIZES = {"cpu": 2 << 20, "cuda": 64 << 20}  # bytes; some milliseconds on a sound link, 4 s at a hundredth of 1 Gbit/s
-TRIES = 5  # the best counts: what else goes on in a node and in the network only ever makes it slower
+TRIES = 5  # the best counts: other work on a node or in the network only makes a try slower
 ENOUGH = 0.2  # seconds of measuring after which another try would tell nothing new
 
 
 def main() -> None:
-    """Test, and write the report."""
-    Thread(target=_end_with_agent, daemon=True).start()
+    """Run the test and write the report."""
+    end_with_parent(lambda: os.read(0, 1))  # not through sys.stdin, whose lock would be held at exit
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     faulthandler.dump_traceback_later(float(sys.argv[1]), exit=True)  # where it hangs is in the log then
     limits = HealthConfig(seconds=float(sys.argv[1]), slow=float(sys.argv[2]), bandwidth=float(sys.argv[3]))
@@ -49,16 +49,11 @@ def main() -> None:
     if rank == 0:
         print(json.dumps(links.to_json()), flush=True)
     sys.stderr.flush()
-    os._exit(0)  # threads of gloo could abort it while the interpreter is taken down, and its node be taken for a bad one
-
-
-def _end_with_agent() -> None:
-    os.read(0, 1)  # not through sys.stdin, whose lock would be held at exit
-    os._exit(1)
+    os._exit(0)  # no orderly exit: gloo's threads could abort the process during it, and its node would be blamed
 
 
 def partners(nodes: int, rounds: int) -> list[list[tuple[int, int]]]:
-    """Who is measured with whom, round by round: in each round each node once, and never the same pair twice."""
+    """Pair the nodes, round by round: each node once per round, and never the same pair twice."""
     ring: list[int | None] = [*range(nodes), *([None] if nodes % 2 else [])]
     found = []
     for _ in range(min(rounds, len(ring) - 1)):
@@ -106,7 +101,7 @@ def _measure(device: torch.device, rank: int, world: int, nodes: int, limits: He
         for pair in pairs:
             measure(pair)
         dist.barrier()
-    # Those that look slow once more, one after the other, with nobody else on the network.
+    # Measure links that look slow once more, one after the other, with nobody else on the network.
     for one, other, _ in slow_links(speeds(), limits):
         measure((one, other))
         dist.barrier()
@@ -127,7 +122,7 @@ def _there_and_back(data: torch.Tensor, sender: int, receiver: int) -> None:
 
 
 def _best(work: Callable[[], None], share: Callable[[], None], spent: torch.Tensor) -> float:
-    """Fewest seconds of some tries of ``work``.
+    """Return the fewest seconds of several tries of ``work``.
 
     Args:
         work: what all that take part do together.

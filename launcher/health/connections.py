@@ -1,4 +1,4 @@
-"""Whether the processes of a group can connect with each other, each with each, before anything else relies on it.
+"""Check that all processes of a group can connect with each other, before anything else relies on it.
 
 Plain TCP and the standard library: it is there in a tenth of a second, and names the pair that cannot connect, where a
 rendezvous of torch waits in silence. All come to rank 0, which tells everyone where the others listen.
@@ -97,7 +97,7 @@ def _visit(rank: int, world: int, host: str, port: int, seconds: float) -> None:
         with ThreadPoolExecutor(TOGETHER) as pool:
             reached = pool.map(lambda peer: _reaches(peer[1], peer[2], min(KNOCK, seconds)), later)
             line.send({"unreachable": [peer[0] for peer, well in zip(later, reached, strict=True) if not well]})
-        # Until everyone has reported, as others may still knock on our port.
+        # Keep our port open until everyone has reported: others may still try it.
         line.receive(2 * seconds)
 
 
@@ -142,7 +142,7 @@ class _Line:
         self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, seconds: float) -> dict[str, Any]:
-        """The next message.
+        """Return the next message.
 
         Raises:
             OSError: none comes within ``seconds`` of silence, or the other has gone.

@@ -1,4 +1,4 @@
-"""The supervisor's checks before an attempt: are its nodes sound, do they reach each other, and how fast."""
+"""The supervisor's checks before an attempt: are the nodes sound, do they reach each other, and how fast?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from launcher.workers.rank_group import POLL
 from megamoe.config.launch import LaunchConfig
 
 MEETING = 15.0  # seconds to come to a meeting, for which nothing has to be started
-LOOKING = 2 * gpus.SECONDS  # seconds for what a node looks at by itself, once more if it does not like it
+LOOKING = 2 * gpus.SECONDS  # seconds for a node's check of itself, which it repeats once if it finds a problem
 _numbers = count(1)
 
 
@@ -50,8 +50,8 @@ def examine(hub: Hub, nodes: Sequence[Node], limits: LaunchConfig, measure: bool
         hub: the control port.
         nodes: those that are to work; with ``measure`` also those that stand by.
         limits: of the run.
-        measure: whether to run the collective, too.
-        stop: whether to leave off.
+        measure: whether to run the collective as well.
+        stop: returns whether to give up.
     """
     found = Findings()
     check = _Check(hub, nodes, stop)
@@ -120,7 +120,7 @@ def _parsed(text: object) -> dict[str, object]:
 
 
 class _Check:
-    """Questions to all nodes at once."""
+    """Asks all nodes at once."""
 
     def __init__(self, hub: Hub, nodes: Sequence[Node], stop: Callable[[], bool]) -> None:
         self._hub, self._nodes, self._stop = hub, nodes, stop
@@ -128,7 +128,7 @@ class _Check:
     def ask(
         self, verb: str, answer: str, *, ranks: int, seconds: float, within: float, **fields: object
     ) -> dict[Node, Message] | None:
-        """Ask for ``verb`` with ``ranks`` processes on each node; the answers that come in time.
+        """Ask for ``verb`` with ``ranks`` processes on each node; return the answers that come in time.
 
         None when a node was lost meanwhile, or somebody asked to stop.
         """
@@ -157,8 +157,7 @@ class _Check:
             if self._stop() or any(node.gone for node in nodes):
                 return None
             for node in nodes:
-                messages, node.inbox[:] = list(node.inbox), []
-                for each in messages:
+                for each in node.take_all():
                     if each["verb"] == verb and each.get("check") == check:
                         answers[node] = each
             self._hub.poll(POLL)

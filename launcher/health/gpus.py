@@ -1,4 +1,4 @@
-"""The GPUs of a node, as nvidia-smi tells them, and what speaks against using them."""
+"""Read the GPUs of a node from nvidia-smi and find what speaks against using them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megamoe.config.launch import LaunchConfig
 
-SECONDS = 30.0  # nvidia-smi takes seconds on a node with eight GPUs, and for ever on one whose driver hangs
+SECONDS = 30.0  # nvidia-smi takes seconds on a node with eight GPUs, and never answers on one whose driver hangs
 MIB = 1 << 20
 GIB = 1 << 30
 
@@ -30,7 +30,7 @@ class Gpu:
 
     Attributes:
         index: its number in nvidia-smi.
-        uuid: its name for all times.
+        uuid: its permanent name.
         used: bytes of its memory in use.
         errors: uncorrected memory errors since the driver was loaded; None if it does not count them.
         remapping: why its memory needs the administrator (a row waits to be remapped, or could not be); empty: it does not.
@@ -58,7 +58,7 @@ def query(what: str, fields: Sequence[str]) -> list[list[str]]:
 
 
 def visible_gpus(ask: Query = query, environment: Mapping[str, str] = os.environ) -> list[Gpu]:
-    """The GPUs that ranks of this node will see: all that the job may use, within CUDA_VISIBLE_DEVICES.
+    """Return the GPUs that ranks of this node will see: all that the job may use, within CUDA_VISIBLE_DEVICES.
 
     Raises:
         OSError, subprocess.SubprocessError: as of :func:`query`.
@@ -90,7 +90,7 @@ def visible_gpus(ask: Query = query, environment: Mapping[str, str] = os.environ
 
 
 def gpu_findings(limits: LaunchConfig, ask: Query = query, environment: Mapping[str, str] = os.environ) -> list[Finding]:
-    """What speaks against this node's GPUs; nothing when the run uses none."""
+    """Find what speaks against this node's GPUs; nothing when the run uses none."""
     wanted = limits.gpus_per_node
     if not wanted:
         return []

@@ -1,4 +1,4 @@
-"""What the checks between nodes have found: which node is to blame, and which links are only to be told about."""
+"""Judge the links between nodes: which node is to blame, and which links only deserve a line."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from launcher.health.node import Problem
 from megamoe.config.launch import HealthConfig
 
 GBIT = 1e9 / 8  # bytes per second
-MOST = 4  # if more than one node in so many looks slow, it is the network and no node
+MOST = 4  # if more than one node in so many looks slow, the network is to blame and no node
 
 
 @dataclass(frozen=True)
 class Links:
-    """Nodes are numbers here, in the order in which they were given to the check.
+    """Measured links. Nodes are numbers here, in the order in which they were given to the check.
 
     Attributes:
         missing: nodes that did not reach the first one, or fell silent afterwards.
@@ -32,7 +32,7 @@ class Links:
     speeds: list[tuple[int, int, float]]
 
     def to_json(self) -> dict[str, Any]:
-        """As a message."""
+        """Return it as a message."""
         return asdict(self)
 
     @staticmethod
@@ -59,9 +59,9 @@ class Links:
 
 
 def slow_links(speeds: Collection[tuple[int, int, float]], limits: HealthConfig) -> list[tuple[int, int, float]]:
-    """Those below launch.health.bandwidth, or launch.health.slow times slower than three quarters of all.
+    """Return the links below launch.health.bandwidth, or launch.health.slow times slower than the upper quartile.
 
-    Not slower than the middle one: of three nodes a bad one is in two of three links.
+    The median would not do: with three nodes, one bad node is part of two of the three links.
     """
     floor = limits.bandwidth * GBIT
     if limits.slow and speeds:
@@ -71,7 +71,7 @@ def slow_links(speeds: Collection[tuple[int, int, float]], limits: HealthConfig)
 
 
 def link_problems(links: Links, names: Sequence[str], limits: HealthConfig) -> tuple[list[Problem], list[str]]:
-    """The nodes that are to blame, and what else is worth a line.
+    """Return the nodes that are to blame, and lines about whatever else people should know.
 
     A node is to blame when several of its links are bad. A single bad link may be the fault of either end: when the two
     cannot connect at all, one of them has to go, and that is the later one; when it is only slow, it is told and used.
@@ -119,7 +119,7 @@ def _silent(links: Links, names: Sequence[str]) -> list[Problem]:
 
 
 def _blame(pairs: Sequence[tuple[int, int]], least: int) -> list[tuple[int, list[int]]]:
-    """Few nodes that explain the bad pairs: each is in at least ``least`` pairs that those before it do not explain.
+    """Find few nodes that explain the bad pairs: each is in ``least`` or more pairs that those before it do not explain.
 
     Returns:
         (node, the other ends of all its bad pairs).

@@ -1,4 +1,4 @@
-"""Whether a node is fit for ranks: it looks at itself before it offers itself to the supervisor.
+"""Check whether a node is fit for ranks; an agent does so before it offers its node to the supervisor.
 
 What is wrong is a line that names node, what, measured, limit and remedy. Checks between nodes are in
 :mod:`launcher.health.links`.
@@ -64,12 +64,12 @@ class Readings:
 
 
 def free_memory() -> int:
-    """Bytes of memory that this process may still take: of the machine's, within the limit of its control groups."""
+    """Return the bytes of memory that this process may still take, within the machine and its control groups."""
     return min([psutil.virtual_memory().available, *_group_memory(Path("/proc/self/cgroup").read_text(), CGROUPS)])
 
 
 def real_readings() -> Readings:
-    """Those of this machine."""
+    """Return the readings of this machine."""
     return Readings(
         memory=free_memory,
         space=lambda folder: shutil.disk_usage(folder).free,
@@ -80,7 +80,7 @@ def real_readings() -> Readings:
 
 
 def node_problems(node: str, run_dir: Path, limits: LaunchConfig, readings: Readings | None = None) -> list[Problem]:
-    """What speaks against using this node; some milliseconds, with GPUs a second or two.
+    """Find what speaks against using this node; takes some milliseconds, with GPUs a second or two.
 
     Args:
         node: its name.
@@ -105,7 +105,7 @@ def node_problems(node: str, run_dir: Path, limits: LaunchConfig, readings: Read
 
 
 def clock_difference(theirs: float, sent: float, received: float) -> float:
-    """Seconds that another clock is ahead of ours, at least; behind it if negative.
+    """Return the least seconds that another clock must be ahead of ours; negative: behind it.
 
     Args:
         theirs: its time, in seconds since the epoch, at some moment between the next two. A slow answer is no wrong clock.
@@ -116,7 +116,7 @@ def clock_difference(theirs: float, sent: float, received: float) -> float:
 
 
 def clock_problem(node: str, difference: float, limits: LaunchConfig) -> Problem | None:
-    """What a :func:`clock_difference` means."""
+    """Judge a :func:`clock_difference`; None when it is within the limit."""
     allowed = limits.health.clock
     if limits.health.check == "off" or not allowed or abs(difference) <= allowed:
         return None
@@ -127,7 +127,7 @@ def clock_problem(node: str, difference: float, limits: LaunchConfig) -> Problem
 
 
 def room_problem(settings: Config, readings: Readings | None = None) -> str | None:
-    """Why the run's folder, which exists, has no room for one more checkpoint. All nodes share it: none is to blame."""
+    """Say why the run's folder has no room for one more checkpoint. All nodes share it, so none is to blame."""
     if settings.launch.health.check == "off":
         return None
     optim, run_dir = settings.optim, settings.run.folder
@@ -170,7 +170,7 @@ def _writable(run_dir: Path) -> list[Finding]:
 
 
 def _group_memory(groups: str, root: Path) -> list[int]:
-    """What is left in each control group around a process.
+    """Return the bytes that are left in each control group around a process.
 
     Args:
         groups: /proc/PID/cgroup.

@@ -18,7 +18,7 @@ from launcher.health.connections import meet
 from launcher.workers.output import last_lines
 from launcher.workers.placement import Place, environment
 
-ONCE_MORE = 3.0  # seconds; memory of the ranks that have just ended comes back within it
+ONCE_MORE = 3.0  # seconds before a second look; by then the memory of ranks that have just ended is free
 MOST_PAIRS = 1000  # named in a message; a network with more has no single culprit
 SAID = 2000  # characters of a failed program's last lines
 
@@ -99,7 +99,7 @@ class Probe:
     def _wait(self, message: Message, wire: Wire, processes: list[subprocess.Popen[str]]) -> None:
         output = processes[0].stdout
         report = "" if output is None else output.read()
-        # One that failed by itself comes first; the others may only have lost it.
+        # A process that failed by itself decides; the others may only have lost it.
         statuses = [process.wait() for process in processes]
         status = CANNOT if CANNOT in statuses else next(filter(None, statuses), 0)
         said = "" if status == 0 else " / ".join(last_lines(self._log, 3))[-SAID:]

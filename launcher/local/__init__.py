@@ -1,1 +1,1 @@
-"""Training on this machine: N ranks, restarted together."""
+"""Train on this machine: N ranks, restarted together when one fails."""

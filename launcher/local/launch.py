@@ -1,4 +1,4 @@
-"""Runs a training on this machine: N processes, restarted together from the last checkpoint when one dies or hangs."""
+"""Run a training on this machine: N processes, restarted together from the last checkpoint when one dies or hangs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 from launcher.workers.ending import PEER_GRACE, explain, last_words, new_attempt, resume_after
 from launcher.workers.guard import Guard
 from launcher.workers.output import Terminal
-from launcher.workers.processes import Ranks, caught_signals, local_environments, write_pids
+from launcher.workers.processes import Ranks, local_environments, write_pids
 from launcher.workers.rank_group import POLL
 from launcher.workers.run_progress import Restarts, run_state
-from launcher.workers.stop import asked_to_stop, stop_ranks, stop_status
+from launcher.workers.stop import asked_to_stop, stop_ranks, stop_status, stop_words
+from launcher.workers.stop_signals import caught_signals
 from launcher.workers.suspended import AllStopped
 from megamoe.config.launch import LaunchConfig
 from megamoe.core.exit_status import HUNG
@@ -45,7 +46,7 @@ def launch_local(
         limits: how often to restart, and how long the ranks have to save when they are stopped.
         run_dir: the run's folder (``config.run.folder``).
         command: what to start in place of this Python's ``megamoe``.
-        watchdog_seconds: all ranks stopped (SIGSTOP) for so long are a hang; 0: they may be for ever.
+        watchdog_seconds: all ranks stopped (SIGSTOP) for so long are a hang; 0: never.
 
     Returns:
         Exit status: 0 all ranks are done; 2 a rank said that the request is wrong, its line is on stderr; 75 stopped,
@@ -67,17 +68,18 @@ def launch_local(
                 stopped, hang = AllStopped(ranks.pids.values(), watchdog_seconds), False
                 while ranks.running() and not caught and not (hang := stopped.too_long(POLL)):
                     ranks.pause(POLL)
-                # A peer's watchdog says what hangs, if a peer is left that is not stopped.
+                # If all ranks are stopped, no watchdog is left that could say what hangs: then any rank stands for all.
                 culprit = ranks.culprit() or ((0, HUNG) if hang else None)
                 stop = bool(caught) or asked_to_stop(ranks)
                 if stop:
-                    by_themselves = stop_ranks(ranks, caught, limits.stop_grace + PEER_GRACE, terminal)
+                    terminal.say(stop_words(caught.received))
+                    by_themselves = stop_ranks(ranks, lambda: caught.received, limits.stop_grace + PEER_GRACE)
                 elif culprit is not None:
                     frozen = last_words(ranks, culprit[1])
             state = run_state(run_dir, launched)
             resume = resume_after(resume, state.checkpoint)
             if stop:
-                status, words = stop_status(ranks.ended().values(), caught, by_themselves, state)
+                status, words = stop_status(ranks.ended().values(), caught.received, by_themselves, state)
                 if words:
                     typed = ["megamoe", "train", str(config_path), "--nproc", str(nproc), "--resume", resume, *overrides]
                     terminal.say(f"{words}; go on with: {shlex.join(typed)}")
@@ -85,6 +87,9 @@ def launch_local(
             if culprit is None:
                 return 0
             explain(ranks, culprit, frozen, terminal)
-            given_up = restarts.after(state, culprit, f"all {nproc} ranks with --resume {resume}", run_dir, terminal)
-            if given_up is not None:
-                return given_up
+            verdict = restarts.after(state, culprit, f"all {nproc} ranks with --resume {resume}", run_dir)
+            restarts = verdict.restarts
+            if verdict.words:
+                terminal.say(verdict.words)
+            if verdict.status is not None:
+                return verdict.status

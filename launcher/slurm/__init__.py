@@ -1,1 +1,1 @@
-"""SLURM: what is submitted, what runs inside the job, and what can be told of it."""
+"""Run under SLURM: submit a run, supervise it inside its job, get further nodes, report its state."""

@@ -1,4 +1,4 @@
-"""The batch scripts of a run, readable and with reasons: its job, and helper jobs that bring further nodes."""
+"""Write the batch scripts of a run, with a reason beside each option: its job, and helper jobs that bring further nodes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pathlib import Path
 from megamoe.config.launch import LaunchConfig, SlurmConfig
 from megamoe.config.schema import Config
 from megamoe.core.errors import UserError
+from megamoe.core.run_folder import RunFolder
 
-Options = list[tuple[str, list[str]]]  # a reason, and the options of sbatch that it is the reason of
+Options = list[tuple[str, list[str]]]  # pairs of a reason and the sbatch options that it explains
 
 
 def job_options(settings: Config, run_dir: Path, workdir: Path, excluded: Collection[str] = ()) -> Options:
-    """Options of the job of a run: where it may run, how many nodes, and how it goes on."""
+    """Return the options of a run's job: where it may run, how many nodes, and how it is continued."""
     launch, slurm = settings.launch, settings.launch.slurm
     counted = f"{launch.nodes} node{'s' * (launch.nodes > 1)} at work"
     if launch.spares:
@@ -52,9 +53,10 @@ def job_options(settings: Config, run_dir: Path, workdir: Path, excluded: Collec
 
 
 def node_range(launch: LaunchConfig, again: bool = False) -> str:
-    """The nodes to ask for. SLURM starts the job when the fewest are free, with as many as it can give then.
+    """Return the nodes to ask for, as N or MIN-MAX.
 
-    A first start waits for ``launch.nodes``; one ``again`` for no more than ``launch.min_nodes``, if that is set.
+    SLURM starts the job when MIN are free, with as many as it can give then. A first start waits for ``launch.nodes``;
+    one ``again`` waits for no more than ``launch.min_nodes``, if that is set.
     """
     fewest = (launch.min_nodes if again else None) or launch.nodes
     most = launch.nodes + launch.spares
@@ -64,7 +66,7 @@ def node_range(launch: LaunchConfig, again: bool = False) -> str:
 def helper_options(
     settings: Config, run_dir: Path, workdir: Path, count: int, not_on: Collection[str], seconds: float
 ) -> Options:
-    """Options of a job that brings up to ``count`` further nodes for the ``seconds`` that the run's job has left."""
+    """Return the options of a job that brings up to ``count`` further nodes for the ``seconds`` left to the run's job."""
     slurm = settings.launch.slurm
     minutes = f"{math.ceil(seconds / 60)}" if math.isfinite(seconds) else None
     return [
@@ -80,7 +82,7 @@ def helper_options(
 
 
 def job_script(options: Options, settings: Config, run_dir: Path) -> str:
-    """The text for ``sbatch``: the supervisor of the run in place of the shell."""
+    """Return the script for ``sbatch`` that runs the supervisor in place of the shell."""
     head = [
         f"# The job of run {settings.run.name}, written by `megamoe launch`; what it trains is in request.json beside it.",
         "# Submitted by hand, once it has run, it goes on from the newest checkpoint.",
@@ -95,9 +97,9 @@ def job_script(options: Options, settings: Config, run_dir: Path) -> str:
 
 
 def helper_script(options: Options, settings: Config, run_dir: Path) -> str:
-    """The text for ``sbatch``: an agent on each of its nodes, which ends when the run's job does."""
+    """Return the script for ``sbatch`` that runs an agent on each of its nodes, until the run's job ends."""
     head = [f"# Further nodes for the job of run {settings.run.name}, submitted by that job."]
-    # All three, since variables of the job win over the ones that are left out.
+    # All of them, since variables of the job would win over an option that is not given.
     size = '--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES"'
     srun, *arguments = agents_command(settings.launch.slurm, run_dir)
     body = [f"exec {srun} {size} {shlex.join(arguments)}"]
@@ -105,7 +107,7 @@ def helper_script(options: Options, settings: Config, run_dir: Path) -> str:
 
 
 def agents_command(slurm: SlurmConfig, run_dir: Path, nodes: Sequence[str] = ()) -> list[str]:
-    """``srun`` with an agent on each of ``nodes``, or of all nodes of the job; started in the request's folder."""
+    """Return the ``srun`` command for an agent on each of ``nodes``, or on all nodes of the job."""
     srun = [
         "srun",
         "--overlap",  # beside an earlier step that a lost node keeps from ending
@@ -160,7 +162,7 @@ def _extra(slurm: SlurmConfig) -> Options:
 
 
 def _output(run_dir: Path, kind: str) -> str:
-    path = str(run_dir / "logs" / kind)
+    path = str(RunFolder(run_dir).logs / kind)
     if "\\" in path or "\n" in path:
         raise UserError(
             f"run.dir {run_dir}: SLURM cannot write a log whose path has a backslash or a line break; rename it"
@@ -179,7 +181,7 @@ def _script(head: Sequence[str], options: Options, setup: Sequence[str], body: S
 
 
 def _quoted(option: str) -> str:
-    """As sbatch reads its lines: double quotes around what has blanks in it, backslashes before quotes."""
+    """Quote an option as sbatch reads it: double quotes around blanks, backslashes before quotes."""
     if "\n" in option:
         raise UserError(f"{option.split('=')[0]}: a line break cannot stand in an option of sbatch")
     name, equals, value = option.partition("=")

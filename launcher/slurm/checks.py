@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a job before it is submitted, each in one line with the remedy."""
+"""Find what is wrong with a job before it is submitted; each fault is one line with its remedy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ABOUT = {
 
 
 def check_settings(launch: LaunchConfig) -> None:
-    """Settings that contradict each other; needs no SLURM.
+    """Refuse settings that contradict each other; needs no SLURM.
 
     Raises:
         UserError: they do.
@@ -52,7 +52,7 @@ def check_settings(launch: LaunchConfig) -> None:
 
 
 def check_cluster(settings: Config, script: str, options: Sequence[str]) -> None:
-    """Whether SLURM would take the job; asks the cluster, and submits nothing.
+    """Ask the cluster whether it would take the job; nothing is submitted.
 
     Raises:
         UserError: there is no SLURM here, or it would not.
@@ -104,7 +104,7 @@ def _check_account(account: str | None) -> None:
         return
     mine: set[str] = set()
     user = getpass.getuser()
-    # Sites without accounting have no sacctmgr or none that answers; what SLURM itself says comes after this.
+    # Sites without accounting have no sacctmgr, or one that does not answer; then sbatch itself will tell.
     with contextlib.suppress(UserError):
         rows = slurm(["sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={user}", "format=account"])
         mine = set(rows.split())

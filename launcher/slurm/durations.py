@@ -11,7 +11,7 @@ _ENDLESS = ("UNLIMITED", "INFINITE", "INVALID", "NOT_SET", "N/A", "NONE")  # the
 
 
 def seconds(text: str) -> float:
-    """Seconds of ``MINUTES``, ``M:S``, ``H:M:S``, ``DAYS-HOURS``, ``D-H:M``, ``D-H:M:S``; infinity without a limit.
+    """Convert ``MINUTES``, ``M:S``, ``H:M:S``, ``DAYS-HOURS``, ``D-H:M`` or ``D-H:M:S`` to seconds; infinity: no limit.
 
     Raises:
         UserError: it is none of them.

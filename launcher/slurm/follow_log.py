@@ -1,4 +1,4 @@
-"""Shows the end of a log, and what is added to it."""
+"""Show the end of a log, and what is added to it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from launcher.workers.ending import latest_attempt
 from megamoe.core.errors import UserError
+from megamoe.core.run_folder import RunFolder
 
 LOOK_EVERY = 0.5  # seconds
 _TAIL = 1 << 20  # bytes in which the last lines are looked for
 
 
 def newest_log(run_dir: Path, rank: int | None) -> Path | None:
-    """The log of a run's newest job, or of a rank in its newest attempt; None when there is none yet.
+    """Return the log of a run's newest job, or of a rank in its newest attempt; None when there is none yet.
 
     Raises:
         UserError: there is no such run, or no such rank in it.
@@ -23,19 +23,20 @@ def newest_log(run_dir: Path, rank: int | None) -> Path | None:
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run; give the folder of one")
     if rank is None:
-        logs = list((run_dir / "logs").glob("job-*.log"))
-        return max(logs, key=lambda path: path.stat().st_mtime, default=None)
-    attempt = latest_attempt(run_dir)
+        return max(RunFolder(run_dir).job_logs(), key=lambda path: path.stat().st_mtime, default=None)
+    attempt = RunFolder(run_dir).latest_attempt()
     if attempt is None:
         return None
-    log = attempt / f"rank-{rank:05d}.log"
-    if not log.exists() and (there := sorted(attempt.glob("rank-*.log"))):
-        raise UserError(f"--rank {rank}: {attempt} has logs of ranks {int(there[0].stem[5:])} to {int(there[-1].stem[5:])}")
+    log = attempt.log(rank)
+    if not log.exists() and (there := sorted(attempt.path.glob("rank-*.log"))):
+        raise UserError(
+            f"--rank {rank}: {attempt.path} has logs of ranks {int(there[0].stem[5:])} to {int(there[-1].stem[5:])}"
+        )
     return log if log.exists() else None
 
 
 def show_log(find: Callable[[], Path | None], lines: int, follow: bool, out: BinaryIO) -> None:
-    """Write the last ``lines`` of the log that ``find`` gives; then, for ever, what is added to it or to its successor.
+    """Write the last ``lines`` of the log that ``find`` gives; then follow it, and its successors, until interrupted.
 
     Raises:
         UserError: there is no log, and ``follow`` is not asked for.

@@ -1,4 +1,4 @@
-"""Inside a job of SLURM: what its batch script runs, and what runs on each of its nodes."""
+"""Entry points inside a SLURM job: the supervisor in its batch script, and the agent on each of its nodes."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import os
 from pathlib import Path
 
 from launcher.elastic.events import History
-from launcher.slurm.request import FOLDER, Request, first_start, forget_job, note_job, noted_jobs
+from launcher.slurm.request import Request, first_start, forget_job, note_job, noted_jobs
 from launcher.slurm.slurm_cluster import SlurmCluster, orphaned
 from launcher.workers.output import Terminal
 from launcher.workers.run_progress import run_state
 from megamoe.config import load_config
 from megamoe.core.errors import UserError
+from megamoe.core.run_folder import RunFolder
 
 
 def supervise_run(run_dir: Path) -> int:
-    """Supervise the run that RUN/launch/request.json asks for, with the nodes of this job; its exit status.
+    """Supervise the run that RUN/launch/request.json asks for, with the nodes of this job; return its exit status.
 
     Raises:
         UserError: this is no job of SLURM, or the request is wrong.
@@ -38,7 +39,7 @@ def supervise_run(run_dir: Path) -> int:
 
 
 def serve_run(run_dir: Path, node: str) -> int:
-    """Serve the supervisor of the run on ``node``; the exit status."""
+    """Serve the supervisor of the run on ``node``; return the exit status."""
     from launcher.elastic.agent import run_agent
     from launcher.health.node import node_problems
 
@@ -58,12 +59,12 @@ def serve_run(run_dir: Path, node: str) -> int:
 
 
 def _where_the_run_is(run_dir: Path, request: Request) -> str:
-    """What a later start of the job goes on from.
+    """Return what a later start of the job resumes from.
 
     The newest checkpoint is right unless the user asked to start from a certain one: then the folder may hold later steps
     of the history that was left behind, and only what was written since counts.
     """
     if request.resume in ("auto", "none"):
         return "auto"
-    submitted = (run_dir / FOLDER / "request.json").stat().st_mtime
+    submitted = RunFolder(run_dir).launch.request.stat().st_mtime
     return str(run_state(run_dir, submitted).checkpoint or request.resume)

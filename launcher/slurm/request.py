@@ -1,4 +1,4 @@
-"""What a job is to run, in RUN/launch: written by whoever submits, read by the supervisor inside the job."""
+"""Files in RUN/launch that say what a job is to run: written at submission, read by the supervisor inside the job."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pathlib import Path
 
 from megamoe.core.errors import UserError
 from megamoe.core.files import atomic_file
-
-FOLDER = "launch"
+from megamoe.core.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -33,37 +32,37 @@ class Request:
 
     def write(self, run_dir: Path) -> None:
         """Write RUN/launch/request.json; the next start is the first one."""
-        write_json(run_dir / FOLDER / "request.json", dataclasses.asdict(self))
-        (run_dir / FOLDER / "started").unlink(missing_ok=True)
+        write_json(RunFolder(run_dir).launch.request, dataclasses.asdict(self))
+        RunFolder(run_dir).launch.started.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, run_dir: Path) -> Request:
-        """The request of a run.
+        """Read the request of a run.
 
         Raises:
             UserError: nothing was launched there.
         """
-        path = run_dir / FOLDER / "request.json"
+        path = RunFolder(run_dir).launch.request
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             paths = {name: Path(content[name]) for name in ("config", "workdir")}
             return cls(**paths, overrides=tuple(content["overrides"]), resume=content["resume"])
         except FileNotFoundError:
             raise UserError(
-                f"{run_dir}: no launched run (there is no {FOLDER}/request.json); give the folder of one"
+                f"{run_dir}: no launched run (there is no launch/request.json); give the folder of one"
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: cannot be read ({error}); launch the run again") from error
 
 
 def first_start(run_dir: Path) -> bool:
-    """Whether the run is started for the first time since it was asked for; from now on it is not.
+    """Return True once: at the first start since the run was asked for.
 
     Tells a job that was requeued, or follows another one in a chain, from the first. A job that SLURM took back before
     it had come here is still the first, which SLURM's count of restarts does not say.
     """
     try:
-        (run_dir / FOLDER / "started").touch(exist_ok=False)
+        RunFolder(run_dir).launch.started.touch(exist_ok=False)
     except FileExistsError:
         return False
     return True
@@ -72,35 +71,35 @@ def first_start(run_dir: Path) -> bool:
 # One file per job, not one for all: the host that submits and the one that runs the job write at the same time, and on
 # NFS each might lose what the other has added.
 def note_job(run_dir: Path, job: str, kind: str) -> None:
-    """Keep in RUN/launch/jobs that ``job`` belongs to the run: ``run``, ``next`` (of a chain) or ``helper``."""
-    folder = run_dir / FOLDER / "jobs"
+    """Note in RUN/launch/jobs that ``job`` belongs to the run, as ``run``, ``next`` (of a chain) or ``helper``."""
+    folder = RunFolder(run_dir).launch.jobs
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{job}.{kind}").touch()
 
 
 def forget_job(run_dir: Path, job: str) -> None:
-    """Take ``job`` out of the list: it is over."""
-    for path in (run_dir / FOLDER / "jobs").glob(f"{job}.*"):
+    """Remove ``job`` from the list, since it is over."""
+    for path in RunFolder(run_dir).launch.jobs.glob(f"{job}.*"):
         path.unlink(missing_ok=True)
 
 
 def noted_jobs(run_dir: Path, kinds: Iterable[str] = ("run", "next", "helper")) -> dict[str, str]:
-    """Ids of the run's jobs, oldest first, each with its kind; some may be over."""
-    found = [path.name.split(".") for path in (run_dir / FOLDER / "jobs").glob("*.*")]
+    """Return the ids of the run's jobs, oldest first, each with its kind; some may be over."""
+    found = [path.name.split(".") for path in RunFolder(run_dir).launch.jobs.glob("*.*")]
     return {job: kind for job, kind in sorted(found, key=lambda item: int(item[0])) if kind in kinds}
 
 
 def excluded_nodes(run_dir: Path) -> dict[str, str]:
-    """Nodes that this run does not use any more, each with the reason."""
+    """Return the nodes that this run no longer uses, each with the reason."""
     with contextlib.suppress(FileNotFoundError):
-        content: dict[str, str] = json.loads((run_dir / FOLDER / "excluded.json").read_text(encoding="utf-8"))
+        content: dict[str, str] = json.loads(RunFolder(run_dir).launch.excluded.read_text(encoding="utf-8"))
         return content
     return {}
 
 
 def exclude_node(run_dir: Path, node: str, why: str) -> None:
     """Add a node to RUN/launch/excluded.json."""
-    write_json(run_dir / FOLDER / "excluded.json", excluded_nodes(run_dir) | {node: why})
+    write_json(RunFolder(run_dir).launch.excluded, excluded_nodes(run_dir) | {node: why})
 
 
 def write_json(path: Path, content: object) -> None:

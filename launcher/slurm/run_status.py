@@ -1,4 +1,4 @@
-"""What can be told of a run from its folder and from SLURM's queue."""
+"""Report the state of a run from its folder and from SLURM's queue."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from launcher.elastic.events import read_events, recoveries
-from launcher.slurm.request import FOLDER, Request, excluded_nodes
+from launcher.slurm.request import Request, excluded_nodes
 from launcher.slurm.submission import living_jobs
 from launcher.workers.run_progress import run_state
 from megamoe.config import load_config
 from megamoe.core.errors import UserError
+from megamoe.core.run_folder import RunFolder
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """All that is known of a launched run.
+    """Return all that is known of a launched run.
 
     Returns:
         ``run`` (folder), ``jobs`` (id -> kind, state, nodes, elapsed, limit, reason; those in the queue), ``queue`` (why
@@ -55,7 +56,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 
 
 def as_text(status: dict[str, Any], events: int) -> str:
-    """For people: the job, how far it is, its nodes, the last ``events`` events."""
+    """Format a status for people: the job, its progress, its nodes, the last ``events`` events."""
     state = status["supervisor"] or {}
     over = not status["jobs"] and status["queue"] is None
     head = [("run", status["run"])]
@@ -77,7 +78,7 @@ def as_text(status: dict[str, Any], events: int) -> str:
         head.append(("phase", f"{state['phase']}{attempt}{last}"))
         if state["layout"]:
             head.append(("layout", state["layout"]))
-    head += [("left out", f"{node}: {why}") for node, why in status["excluded"].items()]
+    head += [("excluded", f"{node}: {why}") for node, why in status["excluded"].items()]
     text = [f"{label:<11}{value}" for label, value in head]
     if nodes := state.get("nodes"):
         text += ["", *_table(("node", "address", "state", "job", "since"), [_node(node) for node in nodes])]
@@ -120,7 +121,7 @@ def _event(event: dict[str, Any]) -> list[str]:
 
 
 def _counted(value: object) -> str:
-    """Of the exit statuses of many ranks: how often each."""
+    """Count equal exit statuses of many ranks; format any other value as it is."""
     if not isinstance(value, dict):
         return str(value)
     return ", ".join(f"{status} of {count} ranks" for status, count in Counter(value.values()).items())
@@ -137,6 +138,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _state(run_dir: Path) -> dict[str, Any] | None:
     with contextlib.suppress(FileNotFoundError, ValueError):
-        content: dict[str, Any] = json.loads((run_dir / FOLDER / "state.json").read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(RunFolder(run_dir).launch.state.read_text(encoding="utf-8"))
         return content
     return None

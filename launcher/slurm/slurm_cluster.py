@@ -1,9 +1,8 @@
-"""SLURM gives out the nodes: agents by srun, further nodes by helper jobs, another start by requeue or a chain."""
+"""Get nodes from SLURM: agents by srun, further nodes by helper jobs, another start by requeue or a chain of jobs."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import subprocess
 import sys
@@ -14,19 +13,22 @@ from pathlib import Path
 
 from launcher.slurm import durations
 from launcher.slurm.batch_script import agents_command, helper_options, helper_script, node_range
-from launcher.slurm.request import FOLDER, exclude_node, excluded_nodes, forget_job, note_job, noted_jobs
+from launcher.slurm.request import exclude_node, excluded_nodes, forget_job, note_job, noted_jobs
 from launcher.slurm.tools import expand, outside_job, slurm
 from megamoe.config.schema import Config
 from megamoe.core.errors import UserError
+from megamoe.core.retry import Backoff
+from megamoe.core.run_folder import RunFolder
 
-LOOK_EVERY = 15.0  # seconds between looks at the queue while nodes are wished for; sites ask not to do it more often
-AGENT_SECONDS = 60.0  # in which an agent that was started has come; then it counts as absent
+LOOK_EVERY = 15.0  # seconds between looks at the queue while nodes are lacking; sites ask not to look more often
+AGENT_SECONDS = 60.0  # an agent that has not come so long after its start counts as absent
 AGENTS_END = 5.0  # seconds
+ASK_AGAIN = Backoff(first=LOOK_EVERY, longest=600.0)  # after a refusal of SLURM
 _WAITING = ("PENDING", "CONFIGURING")
 
 
 class SlurmCluster:
-    """The allocation of a job of SLURM, in whose batch script this process runs. Implements ``Cluster``.
+    """The allocation of the SLURM job whose batch script this process is. Implements ``Cluster``.
 
     Args:
         settings: the run's.
@@ -44,6 +46,7 @@ class SlurmCluster:
         self._goes_on = False
         self._lock = threading.Lock()
         self._wish = 0
+        self._present: frozenset[str] = frozenset()  # nodes whose agents the supervisor has
         self._waiting: tuple[str, list[str]] | None = None  # the helper job that was last changed, and how
         self._refusals = 0
         self._not_before = 0.0  # when to ask again after a refusal
@@ -64,6 +67,11 @@ class SlurmCluster:
             self._start_on(nodes)
         self._looking.start()
         return len(nodes)
+
+    def nodes_present(self, nodes: Collection[str]) -> None:
+        """Take note of the nodes whose agents the supervisor has: they are not asked for again."""
+        with self._lock:
+            self._present = frozenset(nodes)
 
     def ask_for_nodes(self, count: int) -> None:
         """Bring ``count`` further agents: on nodes of this job whose agent has ended, the rest by a helper job.
@@ -100,7 +108,7 @@ class SlurmCluster:
             )
 
     def close(self) -> None:
-        """End this job's agents, all helper jobs, and the next job unless the run goes on in it."""
+        """End this job's agents, all helper jobs, and the next job unless the run continues in it."""
         self._closed.set()
         with self._lock:
             self._wish = 0
@@ -108,7 +116,7 @@ class SlurmCluster:
                 self._cancel(list(noted_jobs(self._run_dir, ["helper"] if self._goes_on else ["helper", "next"])))
             except UserError as error:  # how the run ended does not depend on it
                 self._say(f"jobs of this run may be left in the queue: {error}")
-        # They have been told that the run is over. Where a node is lost, srun goes on waiting for it.
+        # They know that the run is over. But where a node is lost, srun still waits for it.
         if not self._ended(AGENTS_END):
             for agents in self._agents:
                 agents.terminate()
@@ -125,7 +133,7 @@ class SlurmCluster:
         return True
 
     def _look(self) -> None:
-        """Keep at it while nodes are wished for: helper jobs end, are cancelled, come with fewer nodes than asked."""
+        """Keep asking while nodes are lacking: helper jobs end, are cancelled, or come with fewer nodes than asked for."""
         while not self._closed.wait(LOOK_EVERY):
             with self._lock:
                 if self._wish and not self._closed.is_set():
@@ -140,7 +148,7 @@ class SlurmCluster:
         if not self._wish:
             self._cancel(waiting)
             return
-        present = self._present()
+        present = self._present
         came = [node for job, (_, nodes) in helpers.items() if job not in waiting for node in nodes]
         lacking = self._wish - len([node for node in came if node not in present])
         lacking -= self._start_absent(present, lacking)
@@ -155,16 +163,17 @@ class SlurmCluster:
                 self._refused(error)
 
     def _refused(self, error: UserError) -> None:
-        # Such as a limit on the jobs of a user: may pass, but is no reason to knock every few seconds.
-        self._not_before = time.monotonic() + min(600.0, LOOK_EVERY * 2**self._refusals)
+        # A limit on a user's jobs, for example, may pass, but is no reason to ask every few seconds.
         self._refusals += 1
+        self._not_before = time.monotonic() + ASK_AGAIN.wait(self._refusals)
         if self._refusals == 1:
             self._say(f"no further nodes for now: {error}")
 
     def _change_helper(self, job: str, count: int, present: Collection[str]) -> None:
-        """Changed rather than replaced, a job keeps its place in the queue.
+        """Change a helper job that waits; replaced, it would lose its place in the queue.
 
-        The nodes it must not use change, too: a node that is lost is one of ours until SLURM has noticed, and may return.
+        The nodes that it must not use change as well: until SLURM notices that a node is lost, it counts the node as ours,
+        and the node may return.
         """
         given = self._settings.launch.slurm.exclude
         not_on = ",".join([*([given] if given else []), *self._not_on(present)])
@@ -180,14 +189,14 @@ class SlurmCluster:
         left = durations.seconds(slurm(["squeue", "--noheader", f"--jobs={self.job}", "--format=%L"]).strip() or "INVALID")
         options = helper_options(self._settings, self._run_dir, Path.cwd(), count, self._not_on(present), left)
         script = helper_script(options, self._settings, self._run_dir)
-        (self._run_dir / FOLDER / "helper.sh").write_text(script, encoding="utf-8")
+        RunFolder(self._run_dir).launch.helper_script.write_text(script, encoding="utf-8")
         job = slurm(["sbatch", "--parsable"], script, outside_job([each for _, group in options for each in group]))
         job = job.strip().split(";")[0]
         note_job(self._run_dir, job, "helper")
         self._say(f"job {job} is queued, to bring {count} further node{'s' * (count > 1)}")
 
     def _helpers(self) -> dict[str, tuple[str, list[str]]]:
-        """State and nodes of the helper jobs that are not over."""
+        """Return state and nodes of the helper jobs that are not over."""
         noted = noted_jobs(self._run_dir, ["helper"])
         if not noted:
             return {}
@@ -201,7 +210,7 @@ class SlurmCluster:
         return found
 
     def _start_absent(self, present: Collection[str], most: int) -> int:
-        """Start agents where they have ended though SLURM still counts the node to this job; how many are on their way."""
+        """Start agents again on nodes of this job whose agent has ended; return how many agents are on their way."""
         now, on_their_way, absent = time.monotonic(), 0, []
         out = excluded_nodes(self._run_dir)
         for node in self._nodes():
@@ -212,7 +221,7 @@ class SlurmCluster:
             else:
                 absent.append(node)
         if absent:
-            # A dead node is not known to be dead for minutes, but marked with a star (no answer) before.
+            # SLURM takes minutes to declare a node dead, but marks it with a star (no answer) before.
             rows = slurm(["sinfo", "--noheader", "--Node", f"--nodes={','.join(absent)}", "--format=%N %t"]).split("\n")
             well = {row.split()[0] for row in rows if row and row.split()[1] in ("alloc", "mix", "comp", "idle")}
             again = [node for node in absent if node in well][:most]
@@ -223,23 +232,16 @@ class SlurmCluster:
 
     def _start_on(self, nodes: list[str]) -> None:
         command = agents_command(self._settings.launch.slurm, self._run_dir, nodes)
-        # Of its own session, so that Ctrl-C and the like in a test reach the supervisor alone.
+        # In a session of its own, so that Ctrl-C reaches the supervisor alone.
         self._agents.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True))
         self._started |= dict.fromkeys(nodes, time.monotonic())
 
     def _nodes(self) -> list[str]:
-        """Nodes of this job as SLURM counts them now; the variables of the job keep what was at its start."""
+        """Ask SLURM for the nodes of this job now; the job's environment only knows those of its start."""
         return expand(slurm(["squeue", "--noheader", f"--jobs={self.job}", "--format=%N"]).strip())
 
-    def _present(self) -> set[str]:
-        """Nodes whose agents the supervisor has, as it says in RUN/launch/state.json."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            state = json.loads((self._run_dir / FOLDER / "state.json").read_text(encoding="utf-8"))
-            return {node["name"] for node in state["nodes"] if node["state"] != "lost"}
-        return set()
-
     def _queue_next(self) -> None:
-        script = self._run_dir / FOLDER / "job.sh"
+        script = RunFolder(self._run_dir).launch.job_script
         options = [f"--dependency=afternotok:{self.job}", "--kill-on-invalid-dep=yes"]
         options.append(f"--nodes={node_range(self._settings.launch, again=True)}")
         if excluded := _excluded(self._settings, self._run_dir):
@@ -254,7 +256,7 @@ class SlurmCluster:
         self._say(f"job {self._next} waits to go on where this one ends")
 
     def _end_leftovers(self) -> None:
-        """Jobs of an earlier start that ended without a chance to cancel them, as when its host died."""
+        """Cancel jobs of an earlier start that could not cancel them, for example since its host died."""
         self._cancel([job for job in noted_jobs(self._run_dir, ["helper", "next"]) if job != self.job])
 
     def _cancel(self, jobs: Collection[str]) -> None:
@@ -267,21 +269,21 @@ class SlurmCluster:
 def requeue(job: str, run_dir: Path, settings: Config) -> None:
     """Let SLURM start ``job`` again, with ``launch.min_nodes`` if it has no more, and on none that the run has excluded.
 
-    Works from any process of the job, too.
+    Any process of the job may call it.
 
     Raises:
         UserError: SLURM does not allow it.
     """
     changed = []
     if settings.launch.min_nodes is not None:
-        # Of root SLURM takes this for an order, and gives the fewest; a user gets as many as are free.
+        # From root, SLURM takes this as an order and gives the fewest; a user gets as many as are free.
         changed.append(f"NumNodes={node_range(settings.launch, again=True)}")
     if excluded := _excluded(settings, run_dir):
         changed.append(f"ExcNodeList={','.join(excluded)}")
     with _without_sigterm():
         # All processes of the job get SIGTERM at once, this one included.
         slurm(["scontrol", "requeue", job])
-        # SLURM changes jobs that wait only. So this is done now, in the seconds that it leaves between SIGTERM and SIGKILL.
+        # SLURM only changes jobs that wait. So this is done now, in the seconds that it leaves between SIGTERM and SIGKILL.
         if changed:
             slurm(["scontrol", "update", f"JobId={job}", *changed])
 
@@ -303,7 +305,7 @@ def orphaned(run_dir: Path, settings: Config) -> None:
 
 @contextlib.contextmanager
 def _without_sigterm() -> Iterator[None]:
-    """This process, and commands that it starts, live on through the SIGTERM that they cause; for good if all went well."""
+    """Survive the SIGTERM that the commands in the body cause; ignore it from then on if they succeed."""
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         yield

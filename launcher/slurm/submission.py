@@ -1,4 +1,4 @@
-"""Submits a run to SLURM: looks for what is wrong, writes RUN/launch, calls sbatch."""
+"""Submit a run to SLURM: check it, write RUN/launch, call sbatch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ import yaml
 from launcher.elastic.layouts import ranks_per_node, team_sizes
 from launcher.slurm.batch_script import job_options, job_script
 from launcher.slurm.checks import check_cluster, check_settings
-from launcher.slurm.request import FOLDER, Request, excluded_nodes, forget_job, note_job, noted_jobs
+from launcher.slurm.request import Request, excluded_nodes, forget_job, note_job, noted_jobs
 from launcher.slurm.tools import outside_job, slurm
 from megamoe.config import Config, load_config
 from megamoe.core.errors import UserError
 from megamoe.core.files import atomic_file
-from megamoe.metrics.metrics_file import METRICS_FILE
+from megamoe.core.run_folder import RunFolder
 from megamoe.parallel.layout import plan_layout
-
-CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -55,32 +53,32 @@ class Submission:
             )
 
     def submit(self) -> str:
-        """Write RUN/launch, submit the job, return its id.
+        """Write RUN/launch, submit the job and return its id.
 
         Raises:
             UserError: the folder cannot be written, or SLURM refuses.
         """
-        folder = self.run_dir / FOLDER
+        run = RunFolder(self.run_dir)
         try:
-            (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)  # SLURM does not make it for its log
+            run.logs.mkdir(parents=True, exist_ok=True)  # SLURM does not make it for its log
         except OSError as error:
             raise UserError(
                 f"run.dir {self.run_dir}: cannot be written ({error.strerror}); choose another run.dir"
             ) from error
         # A config that is edited while the job waits or runs must not change what its next start does.
-        _write(folder / CONFIG_FILE, self.request.config.read_text(encoding="utf-8"))
-        replace(self.request, config=folder / CONFIG_FILE).write(self.run_dir)
-        _write(folder / "job.sh", self.script)
+        _write(run.launch.config, self.request.config.read_text(encoding="utf-8"))
+        replace(self.request, config=run.launch.config).write(self.run_dir)
+        _write(run.launch.job_script, self.script)
         for job in noted_jobs(self.run_dir):
             forget_job(self.run_dir, job)
-        answer = slurm(["sbatch", "--parsable", str(folder / "job.sh")], environment=outside_job(self.options))
+        answer = slurm(["sbatch", "--parsable", str(run.launch.job_script)], environment=outside_job(self.options))
         job = answer.strip().split(";")[0]
         note_job(self.run_dir, job, "run")
         return job
 
 
 def new_run(config: Path, overrides: Sequence[str], resume: str) -> Submission:
-    """A run as CONFIG says, in a folder without one unless it is to be resumed.
+    """Prepare a new run as CONFIG says; unless it is resumed, its folder must not hold a run.
 
     Raises:
         UserError: the request is wrong.
@@ -88,7 +86,7 @@ def new_run(config: Path, overrides: Sequence[str], resume: str) -> Submission:
     request = Request(config.absolute(), tuple(overrides), resume, Path.cwd())
     submission = _prepare(request)
     if resume == "none":
-        metrics = submission.run_dir / METRICS_FILE
+        metrics = RunFolder(submission.run_dir).metrics
         if metrics.exists() and metrics.stat().st_size > 0:
             raise UserError(
                 f"run.dir {submission.run_dir}: holds a run already; go on with it by "
@@ -100,7 +98,7 @@ def new_run(config: Path, overrides: Sequence[str], resume: str) -> Submission:
 
 
 def resumed_run(run_dir: Path, overrides: Sequence[str]) -> Submission:
-    """A launched run once more, from its newest checkpoint, with further settings on top of those it was launched with.
+    """Prepare to resume a launched run from its newest checkpoint, with further settings on top of those it had.
 
     Raises:
         UserError: the request is wrong.
@@ -117,7 +115,7 @@ def resumed_run(run_dir: Path, overrides: Sequence[str]) -> Submission:
 
 
 def living_jobs(run_dir: Path) -> dict[str, dict[str, str]]:
-    """The run's jobs in the queue: id -> kind (run, next, helper), state, nodes, elapsed, limit, reason.
+    """Return the run's jobs in the queue: id -> kind (run, next, helper), state, nodes, elapsed, limit, reason.
 
     Raises:
         UserError: SLURM does not answer.
@@ -134,7 +132,7 @@ def living_jobs(run_dir: Path) -> dict[str, dict[str, str]]:
 
 
 def stop_jobs(run_dir: Path, now: bool) -> dict[str, str]:
-    """End the run's jobs and keep others from taking their place; id -> what was done.
+    """End the run's jobs and keep others from taking their place; return id -> what was done.
 
     A running job is told to save: its supervisor, which is its batch script, gets SIGTERM. A plain ``scancel`` would
     send SIGTERM to all and, at most sites, SIGKILL 30 s later. ``now`` is that.
@@ -145,7 +143,7 @@ def stop_jobs(run_dir: Path, now: bool) -> dict[str, str]:
     Request.read(run_dir)
     living = living_jobs(run_dir)
     done = {}
-    # Those that wait for the others come first: the end of what they wait for, cancelled or not, starts them.
+    # Jobs that wait for another one come first: they start as soon as that one ends, cancelled or not.
     for job, found in sorted(living.items(), key=lambda item: item[1]["kind"] == "run"):
         if found["kind"] == "run" and found["state"] == "RUNNING" and not now:
             slurm(["scancel", "--batch", "--signal=TERM", job])
@@ -159,7 +157,7 @@ def stop_jobs(run_dir: Path, now: bool) -> dict[str, str]:
 
 
 def options_as_settings(options: Mapping[str, object]) -> list[str]:
-    """``KEY=VALUE`` of the options of the command that were given, by their names in launch and launch.slurm."""
+    """Convert the command's options to ``KEY=VALUE`` settings of launch and launch.slurm; those not given are skipped."""
     settings = []
     for name, value in options.items():
         if value is None:
@@ -177,7 +175,7 @@ def options_as_settings(options: Mapping[str, object]) -> list[str]:
 
 
 def hint(verb: str, run_dir: Path) -> str:
-    """The command of ``megamoe launch`` to type."""
+    """Return the ``megamoe launch`` command to type."""
     return f"`megamoe launch {verb} {shlex.quote(_short(run_dir))}`"
 
 
@@ -193,7 +191,7 @@ def _prepare(request: Request) -> Submission:
 
 def _check_layouts(settings: Config) -> None:
     launch, ranks = settings.launch, ranks_per_node(settings)
-    # At full size it is the layout of the config that is asked for; others are for what is left after a loss.
+    # At full size the config's own layout has to fit; other layouts serve what is left after a loss.
     plan_layout(settings, launch.nodes * ranks)
     sizes = team_sizes(settings)
     if launch.min_nodes is not None and launch.min_nodes not in sizes:
@@ -205,7 +203,7 @@ def _check_layouts(settings: Config) -> None:
 
 
 def _last_of_each(settings: Sequence[str]) -> tuple[str, ...]:
-    """Without those that a later one of the same key replaces: a run that is resumed often keeps a short list."""
+    """Drop settings that a later one of the same key replaces, so that a run resumed often keeps a short list."""
     last = {setting.partition("=")[0]: place for place, setting in enumerate(settings)}
     return tuple(setting for place, setting in enumerate(settings) if last[setting.partition("=")[0]] == place)
 

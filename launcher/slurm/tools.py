@@ -1,4 +1,4 @@
-"""Calls of SLURM's commands: bounded in time, and one line of what SLURM said when it refuses."""
+"""Call SLURM's commands, bounded in time; a refusal becomes one line with what SLURM said."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def slurm(command: Sequence[str], stdin: str = "", environment: Mapping[str, str
 
 
 def outside_job(options: Sequence[str] = ()) -> dict[str, str]:
-    """The environment for ``sbatch``, also from within a job.
+    """Return the environment for ``sbatch``, also from within a job.
 
     SLURM's variables of this job would be taken for wishes about the next one, and variables such as SBATCH_PARTITION
     win over a script; so those that name one of ``options`` (such as ``--partition=gpu``) go.
@@ -49,12 +49,12 @@ def outside_job(options: Sequence[str] = ()) -> dict[str, str]:
 
 
 def expand(nodes: str) -> list[str]:
-    """The names in a node list such as ``n[1-3]``."""
+    """Return the names in a node list such as ``n[1-3]``."""
     return slurm(["scontrol", "show", "hostnames", nodes]).split() if nodes else []
 
 
 def records(text: str) -> list[dict[str, str]]:
-    """What ``scontrol --oneliner show`` prints: a line of ``Key=Value`` per thing."""
+    """Parse what ``scontrol --oneliner show`` prints: a line of ``Key=Value`` pairs per record."""
     return [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in text.splitlines() if line.strip()]
 
 
@@ -64,6 +64,6 @@ def _option(variable: str) -> str:
 
 
 def _said(stderr: str) -> str:
-    """SLURM's lines as one, without what it puts in front of each."""
+    """Join SLURM's lines into one, without the prefix of each."""
     lines = [re.sub(r"^\w+: (error: )?", "", line.strip()) for line in stderr.splitlines() if line.strip()]
     return "; ".join(dict.fromkeys(lines))

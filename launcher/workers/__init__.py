@@ -1,1 +1,1 @@
-"""The ranks of one attempt on this machine: start, watch, stop, and say how they ended."""
+"""The ranks of one attempt: start them, watch them, stop them, and tell how they ended."""

@@ -1,4 +1,4 @@
-"""After the end of an attempt: who ended it, in words for people, and where the next one goes on from."""
+"""Wind up an attempt: explain to people who ended it, and find what the next one resumes from."""
 
 from __future__ import annotations
 
@@ -6,38 +6,35 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 
-from launcher.workers.output import Terminal, error_line, last_lines, signal_name
+from launcher.workers.output import Terminal, last_lines
 from launcher.workers.rank_group import RankGroup
 from megamoe.core.errors import UserError
-from megamoe.core.exit_status import HUNG, REQUEST_IS_WRONG
+from megamoe.core.exit_status import HUNG, REQUEST_IS_WRONG, how_it_ended
+from megamoe.core.rank_end import EndKind
+from megamoe.core.run_folder import AttemptFolder, RunFolder
 
-PEER_GRACE = 5.0  # seconds; for ranks whose watchdogs end them one after the other, or that end a little after their time
-LAST_WORDS = 2.0  # seconds; a rank whose peer is gone has nothing to save, but something to say
-
-
-def latest_attempt(run_dir: Path) -> Path | None:
-    """Log folder of the newest attempt at a run; None before the first."""
-    attempts = [path for path in (run_dir / "logs").glob("attempt-*") if path.name[8:].isdigit()]
-    return max(attempts, key=lambda path: int(path.name[8:]), default=None)
+PEER_GRACE = 5.0  # seconds for ranks whose watchdogs end them one after the other, or that save a little late
+LAST_WORDS = 2.0  # seconds for ranks to write their stacks; after the loss of a peer there is nothing to save
 
 
-def new_attempt(run_dir: Path) -> Path:
+def new_attempt(run_dir: Path) -> AttemptFolder:
     """Make the log folder of the next attempt.
 
     Raises:
         UserError: it cannot be made.
     """
-    latest = latest_attempt(run_dir)
-    folder = run_dir / "logs" / f"attempt-{int(latest.name[8:]) + 1 if latest else 1}"
+    run = RunFolder(run_dir)
+    latest = run.latest_attempt()
+    folder = run.attempt(latest.number + 1 if latest else 1)
     try:
-        folder.mkdir(parents=True)
+        folder.path.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"run.dir {run_dir}: cannot be written ({error.strerror}); choose another run.dir") from error
     return folder
 
 
 def last_words(ranks: RankGroup, status: int) -> Mapping[int, list[int]]:
-    """Let the ranks that are left write where they are into their logs, since one ended with ``status``.
+    """Let the remaining ranks write where they are into their logs, since one ended with ``status``.
 
     Returns:
         After a hang the processes that are stopped, by rank, as :meth:`RankGroup.frozen` finds them.
@@ -52,22 +49,17 @@ def explain(ranks: RankGroup, culprit: tuple[int, int], frozen: Mapping[int, lis
     """Say why the attempt has ended."""
     rank, status = culprit
     if status == REQUEST_IS_WRONG:
-        _pass_on_error(ranks.logs, rank, terminal)
+        _pass_on_error(ranks, rank, terminal)
     elif status == HUNG:
         _explain_hang(ranks, frozen, terminal)
     else:
         lines = last_lines(ranks.logs[rank])
         said = "; it said nothing" if not lines else "; its last lines:"
-        terminal.say("\n    ".join([f"rank {rank} {how(status)}, log {ranks.logs[rank]}{said}", *lines]))
-
-
-def how(status: int) -> str:
-    """``was killed by SIGKILL``, ``ended with status 1``."""
-    return f"was killed by {signal_name(-status)}" if status < 0 else f"ended with status {status}"
+        terminal.say("\n    ".join([f"rank {rank} {how_it_ended(status)}, log {ranks.logs[rank]}{said}", *lines]))
 
 
 def resume_after(resume: str, checkpoint: Path | None) -> str:
-    """What the ranks resume from after this attempt.
+    """Return what the ranks resume from after this attempt.
 
     The newest checkpoint is right unless the user asked to start from a certain one: then the folder may hold later
     steps of the history that was left behind, and only ``checkpoint``, written since the launch, counts.
@@ -75,11 +67,16 @@ def resume_after(resume: str, checkpoint: Path | None) -> str:
     return "auto" if resume in ("auto", "none") else str(checkpoint or resume)
 
 
-def _pass_on_error(logs: Mapping[int, Path], rank: int, terminal: Terminal) -> None:
-    # What rank 0 said is on the terminal already; the others said the same, or rank 0 said nothing.
-    if error_line(logs[0]) is None:
-        line = error_line(logs[rank]) or f"megamoe: error: rank {rank} refused the request without a word, see {logs[rank]}"
-        terminal.say(line.removeprefix("megamoe: "))
+def _pass_on_error(ranks: RankGroup, rank: int, terminal: Terminal) -> None:
+    """Say what is wrong with the request, unless rank 0 has: what it says is on the terminal already."""
+    if _refusal(ranks, 0) is None:
+        said = _refusal(ranks, rank) or f"rank {rank} refused the request without a word, see {ranks.logs[rank]}"
+        terminal.say(f"error: {said}")
+
+
+def _refusal(ranks: RankGroup, rank: int) -> str | None:
+    end = ranks.end_of(rank)
+    return end.message if end is not None and end.kind is EndKind.REQUEST_IS_WRONG and end.message else None
 
 
 def _explain_hang(ranks: RankGroup, frozen: Mapping[int, list[int]], terminal: Terminal) -> None:
@@ -89,6 +86,6 @@ def _explain_hang(ranks: RankGroup, frozen: Mapping[int, list[int]], terminal: T
         terminal.say(f"rank {rank} is stopped ({which}; SIGSTOP, or a debugger): it takes part in nothing")
     for rank, status in ranks.ended().items():
         if status == HUNG:
-            said = [line for line in last_lines(ranks.logs[rank]) if f"rank {rank} hangs" in line]
-            line = said[-1].removeprefix("megamoe: ") if said else f"rank {rank} hangs"
-            terminal.say(f"{line}, log {ranks.logs[rank]}")
+            end = ranks.end_of(rank)
+            said = end.message if end is not None and end.kind is EndKind.HUNG else f"rank {rank} hangs"
+            terminal.say(f"{said}, log {ranks.logs[rank]}")

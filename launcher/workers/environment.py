@@ -1,4 +1,4 @@
-"""Variables by which srun and mpirun tell a process its place, turned into those of torchrun."""
+"""Turn the variables by which srun and mpirun tell a process its place into those of torchrun."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Mapping
 
 from megamoe.core.errors import UserError
 
-_FIRST_PORT, _PORTS = 15000, 15000  # below those that Linux hands out to connections (32768 and above)
+_FIRST_PORT, _PORTS = 15000, 15000  # below the ports that Linux gives to outgoing connections (32768 and above)
 
 
 def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of this process, as far as they lack.
+    """Return the variables of torchrun (RANK, WORLD_SIZE, ..., MASTER_PORT) that this process lacks.
 
     Understands steps of SLURM (``srun``, one task per rank), Open MPI and the launchers that speak PMI (MPICH, Intel
     MPI). Empty where torchrun has set all, and where there is no rank: a step of one task, as the shell of an
@@ -35,7 +35,7 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a node list of SLURM: ``n01`` of ``n[01-03,7],m1``."""
+    """Return the first name of a SLURM node list: ``n01`` of ``n[01-03,7],m1``."""
     first = re.split(r",(?![^\[]*\])", nodes)[0]
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first)
 
@@ -73,7 +73,7 @@ def _of_mpi(
 
 
 def _tasks_of_node(tasks: str, node: int) -> str:
-    """Of node number ``node`` in a list such as ``2(x3),1``."""
+    """Return the tasks of node number ``node`` in a list such as ``2(x3),1``."""
     counts: list[str] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):
         counts += [count] * int(times or 1)
@@ -81,5 +81,5 @@ def _tasks_of_node(tasks: str, node: int) -> str:
 
 
 def _port(launch: str) -> str:
-    """The same for all ranks of a launch, another one for another launch that may share the node."""
+    """Return a port that all ranks of a launch agree on, and that another launch on the same node avoids."""
     return str(_FIRST_PORT + zlib.crc32(launch.encode()) % _PORTS)

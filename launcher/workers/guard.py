@@ -1,8 +1,8 @@
-"""A process that outlives its launcher for a moment, to take the ranks down when the launcher was killed with -9.
+"""The guard: a process that ends the ranks when their launcher is killed with SIGKILL.
 
-A launcher that gets SIGKILL cannot clean up, and the death of a parent ends only its direct children at best, not the
-data workers that these have started. So the launcher starts this file as a process of its own session and holds the
-other end of its standard input. End of input means that the launcher is gone, by whatever way.
+A launcher that gets SIGKILL cannot clean up. The death of a parent ends its direct children at best, not the data
+workers of those children. So the launcher starts this file as a process in a session of its own and holds the other end
+of its standard input. End of input means that the launcher is gone, however it ended.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TRACKER_GRACE = 5.0  # seconds; on a machine that is not overloaded it needs mi
 
 
 class Guard:
-    """The launcher's end: tells the guard process which process groups have to die with the launcher."""
+    """The launcher's end: tells the guard process which process groups must die with the launcher."""
 
     def __init__(self) -> None:
         # -I -S: this process needs nothing but the standard library and has to be up in milliseconds.
@@ -77,11 +77,11 @@ def kill_groups(groups: Collection[int]) -> None:
 
 
 def _members(groups: Collection[int]) -> dict[int, bool]:
-    """Processes of ``groups`` that have not ended, and whether each is a resource tracker."""
+    """Return the processes of ``groups`` that have not ended, and whether each is a resource tracker."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            # state, parent, process group: what follows the name, which may contain anything
+            # The fields after the name, which may contain anything: state, parent, process group.
             state, _, group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
             if int(group) in groups and state not in "ZX":
                 found[int(entry.name)] = _TRACKER in (entry / "cmdline").read_bytes()

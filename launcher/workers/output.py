@@ -1,17 +1,14 @@
-"""What the ranks say: every rank into its log file, rank 0 onto the terminal as well."""
+"""Route the ranks' output: every rank to its log file, rank 0 to the terminal as well."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-import signal
 import sys
 import threading
 from pathlib import Path
 from typing import IO, Protocol, TextIO
-
-ERROR_PREFIX = "megamoe: error:"
 
 
 class Output(Protocol):
@@ -69,23 +66,10 @@ class Tee:
 
 
 def last_lines(log: Path, count: int = 12) -> list[str]:
-    """The last ``count`` lines of a log, each state of a progress bar counting as a line; none of one that is not there."""
+    """Return the last ``count`` lines of a log, to be quoted; each state of a progress bar is a line."""
     if not log.exists():
         return []
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 16384))
         text = file.read().decode(errors="replace")
     return [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()][-count:]
-
-
-def error_line(log: Path) -> str | None:
-    """The line by which a rank said that the request is wrong, when its log has one."""
-    return next((line for line in reversed(last_lines(log, 100)) if line.startswith(ERROR_PREFIX)), None)
-
-
-def signal_name(signum: int) -> str:
-    """``SIGTERM`` for 15."""
-    try:
-        return signal.Signals(signum).name
-    except ValueError:  # the real-time signals have no names
-        return f"signal {signum}"

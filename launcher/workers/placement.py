@@ -1,4 +1,4 @@
-"""Where a rank stands: its variables, as torchrun sets them, its network interface, and its share of a node's cores."""
+"""Place a rank: its variables as torchrun sets them, its network interface, and its share of a node's cores."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Place:
 
 
 def environment(base: Mapping[str, str], place: Place, local_rank: int, cores: int) -> dict[str, str]:
-    """Variables of a rank that has ``cores`` cores; a user's own choice in ``base`` wins where there is one to make."""
+    """Return the variables of a rank with ``cores`` cores; what the user chose in ``base`` wins over defaults."""
     defaults = {
         # More threads than cores over all ranks make every one of them slower.
         "OMP_NUM_THREADS": str(max(1, cores)),
-        # A traceback of a rank that hangs or crashes has to be in its log before the process is gone.
+        # The traceback of a rank that hangs or crashes must be in its log before the process is gone.
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
     }
@@ -67,7 +67,7 @@ def environment(base: Mapping[str, str], place: Place, local_rank: int, cores: i
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface of this machine that holds ``address``; None when it has no such address."""
+    """Return the network interface of this machine that holds ``address``; None when none does."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.family == socket.AF_INET and each.address == address for each in addresses):
             return name
@@ -75,13 +75,13 @@ def interface_of(address: str) -> str | None:
 
 
 def own_addresses() -> tuple[list[str], list[str]]:
-    """IPv4 addresses of this machine: those that others may reach it by, and loopback."""
+    """Return the IPv4 addresses of this machine: those that others may reach it by, and loopback."""
     found = [each.address for every in psutil.net_if_addrs().values() for each in every if each.family == socket.AF_INET]
     return [each for each in found if not each.startswith("127.")], [each for each in found if each.startswith("127.")]
 
 
 def share_cores(cpus: Collection[int], ranks: int, numa: Sequence[Collection[int]]) -> list[list[int]] | None:
-    """The CPUs of each of a node's ranks: apart from each other, and next to one memory where that is possible.
+    """Share a node's CPUs among its ranks: disjoint, and next to one memory where possible.
 
     Ranks are spread over the NUMA nodes as the CPUs are. With fewer ranks than NUMA nodes, each rank gets some of these
     whole.
@@ -105,7 +105,7 @@ def share_cores(cpus: Collection[int], ranks: int, numa: Sequence[Collection[int
     if ranks < len(nodes):
         groups = _cut(nodes, ranks)
         return [sorted(cpu for node in group for cpu in node) for group in groups]
-    # Each NUMA node has a rank; the next goes to where a rank has most.
+    # Each NUMA node has a rank; the next rank goes where a rank has the most CPUs.
     shares = [1] * len(nodes)
     for _ in range(ranks - len(nodes)):
         busiest = max(range(len(nodes)), key=lambda number: len(nodes[number]) / shares[number])
@@ -114,7 +114,7 @@ def share_cores(cpus: Collection[int], ranks: int, numa: Sequence[Collection[int
 
 
 def numa_nodes(system: Path = SYSTEM) -> list[list[int]]:
-    """CPUs of each NUMA node of this machine, hardware threads of a core side by side; empty if it does not tell."""
+    """Return the CPUs of each NUMA node, hardware threads of a core side by side; empty if the machine does not tell."""
     paths = sorted(system.glob("node/node[0-9]*/cpulist"), key=lambda path: int(path.parent.name[4:]))
     return [sorted(_cpu_list(path.read_text()), key=lambda cpu: (_core(system, cpu), cpu)) for path in paths]
 
@@ -130,7 +130,7 @@ def _cut(things: Sequence[Thing], parts: int) -> list[Sequence[Thing]]:
 
 
 def _cpu_list(text: str) -> list[int]:
-    """``0-3,8`` as numbers."""
+    """Parse ``0-3,8`` into numbers."""
     cpus: list[int] = []
     for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")

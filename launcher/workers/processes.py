@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from launcher.workers.guard import Guard, kill_groups
 from launcher.workers.output import Output, Tee
 from launcher.workers.placement import Place, environment
 from launcher.workers.rank_group import RankGroup
-from megamoe.core.exit_status import STOP_SIGNALS
+from megamoe.core.rank_end import END_VARIABLE
+from megamoe.core.run_folder import AttemptFolder
 
 
 class Ranks(RankGroup):
@@ -28,7 +28,7 @@ class Ranks(RankGroup):
     Args:
         command: what to start.
         environments: variables of each rank to be started, by its number.
-        folder: for a log file per rank.
+        folder: for the log of each rank and its report of how it ended.
         terminal: gets what rank 0 says.
         guard: ends the ranks should this process be killed.
         cpus: the CPUs of each rank, if it is not to use all.
@@ -38,12 +38,13 @@ class Ranks(RankGroup):
         self,
         command: Sequence[str],
         environments: Mapping[int, Mapping[str, str]],
-        folder: Path,
+        folder: AttemptFolder,
         terminal: Output,
         guard: Guard,
         cpus: Mapping[int, Collection[int]] | None = None,
     ) -> None:
-        self.logs = {rank: folder / f"rank-{rank:05d}.log" for rank in environments}
+        self.folder = folder
+        self.logs = {rank: folder.log(rank) for rank in environments}
         self.pids = {}
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._ended: dict[int, int] = {}
@@ -53,7 +54,7 @@ class Ranks(RankGroup):
             for rank, environment in environments.items():
                 self._start(command, environment, rank, terminal)
                 if cpus is not None:
-                    # It has no other threads yet; those that it will start, and its data workers, inherit this.
+                    # The rank has one thread yet; the threads and data workers that it will start inherit this.
                     os.sched_setaffinity(self.pids[rank], cpus[rank])
         except BaseException:
             self.close()
@@ -90,8 +91,8 @@ class Ranks(RankGroup):
         time.sleep(seconds)
 
     def close(self) -> None:
-        """Kill what is left of the ranks and of what they have started."""
-        # The whole groups, also of ranks that have ended: their data workers may not have noticed.
+        """Kill what is left of the ranks and of their children."""
+        # Kill whole groups, also those of ranks that have ended: their data workers may live on.
         kill_groups(self.pids.values())
         for process in self._processes.values():
             process.wait()
@@ -101,7 +102,8 @@ class Ranks(RankGroup):
 
     def _start(self, command: Sequence[str], environment: Mapping[str, str], rank: int, terminal: Output) -> None:
         log = self.logs[rank]
-        env = dict(environment)
+        self.folder.end(rank).unlink(missing_ok=True)  # of an earlier process, should there be one
+        env = {**environment, END_VARIABLE: str(self.folder.end(rank))}
         if rank == 0:
             # Its stderr is seen on the terminal, where the traceback of a rank that only lost its peer would
             # hide which rank failed. The launcher shows the end of the log of the one that did.
@@ -123,15 +125,15 @@ class Ranks(RankGroup):
             self._tees.append(Tee(process.stderr, log, terminal, to_stderr=True))
 
 
-def write_pids(folder: Path, pids: Mapping[int, int]) -> None:
-    """Name the processes of an attempt in ``folder``/pids.json."""
-    temporary = folder / "pids.json.tmp"
+def write_pids(folder: AttemptFolder, pids: Mapping[int, int]) -> None:
+    """Write the process ids of an attempt into its folder."""
+    temporary = folder.pids.with_name(f"{folder.pids.name}.tmp")
     temporary.write_text(json.dumps(dict(pids)) + "\n")
-    temporary.replace(folder / "pids.json")
+    temporary.replace(folder.pids)
 
 
 def local_environments(nproc: int) -> dict[int, dict[str, str]]:
-    """Variables of ``nproc`` ranks that are all on this machine."""
+    """Return the variables of ``nproc`` ranks that are all on this machine."""
     place = Place(0, nproc, nproc, 0, "127.0.0.1", free_port(), "127.0.0.1")
     # Rank 0 draws its bar through our pipe.
     base = {rank: os.environ | {"MEGAMOE_TERMINAL": str(int(rank == 0 and sys.stderr.isatty()))} for rank in range(nproc)}
@@ -139,24 +141,8 @@ def local_environments(nproc: int) -> dict[int, dict[str, str]]:
 
 
 def free_port() -> int:
-    """A TCP port on this machine that nobody uses now."""
+    """Find a TCP port on this machine that nobody uses now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
-
-
-@contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Collect what asks to stop in a list in place of dying from it. Under nohup SIGHUP stays ignored."""
-    caught: list[int] = []
-    before = {}
-    for signum in (*STOP_SIGNALS, signal.SIGHUP):
-        if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
-            before[signum] = signal.signal(signum, lambda number, _: caught.append(number))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, before)  # one that came while this process was starting comes now
-    try:
-        yield caught
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

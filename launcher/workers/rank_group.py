@@ -1,4 +1,4 @@
-"""The ranks of one attempt at a run, wherever they are: what a launcher asks of them."""
+"""The interface of a launcher to the ranks of one attempt, wherever they run."""
 
 from __future__ import annotations
 
@@ -9,45 +9,49 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megamoe.core.exit_status import HUNG, REQUEST_IS_WRONG
+from megamoe.core.rank_end import RankEnd, read_end
+from megamoe.core.run_folder import AttemptFolder
 
 POLL = 0.02  # seconds; a death is noticed within it
-SETTLE = 0.2  # seconds; who died first is judged after the others had this long to follow
+SETTLE = 0.2  # seconds that the peers of a failed rank get to fail as well, before one is blamed
 
 
 class RankGroup(ABC):
     """Running ranks, numbered from 0 over all nodes.
 
     Attributes:
+        folder: holds the logs and the reports of how the ranks ended.
         logs: log file of each rank.
         pids: process id of each rank on its node.
     """
 
+    folder: AttemptFolder
     logs: dict[int, Path]
     pids: dict[int, int]
 
     @abstractmethod
     def ended(self) -> Mapping[int, int]:
-        """Exit status of the ranks that have ended, in the order of their ends; negative numbers are signals."""
+        """Return the exit status of each rank that has ended, in the order of their ends; negative numbers are signals."""
 
     @abstractmethod
     def signal(self, signum: int) -> None:
-        """Send ``signum`` to the ranks themselves; what they have started is theirs to end."""
+        """Send ``signum`` to the ranks themselves, not to their children."""
 
     @abstractmethod
     def frozen(self) -> Mapping[int, list[int]]:
-        """Processes that are stopped (SIGSTOP, a debugger): rank -> process ids in its session, its data workers too."""
+        """Return the stopped processes (SIGSTOP, a debugger): rank -> process ids in its session, data workers included."""
 
     @abstractmethod
     def pause(self, seconds: float) -> None:
         """Let time pass."""
 
     def running(self) -> bool:
-        """Whether all is well so far and some rank is still at work."""
+        """Return whether some rank is still at work and none has failed."""
         ended = self.ended()
         return len(ended) < len(self.logs) and not any(ended.values())
 
     def culprit(self) -> tuple[int, int] | None:
-        """(rank, exit status) of the rank that took the others down; None when none failed.
+        """Return (rank, exit status) of the rank that took the others down; None when none failed.
 
         The first death is followed at once by those of ranks whose peer has gone, and may not be the first to be seen.
         So a wrong request comes first, then a signal from outside, then a hang, then what a lost peer may look like as
@@ -58,8 +62,19 @@ class RankGroup(ABC):
         failed = [(rank, status) for rank, status in self.ended().items() if status]
         return min(failed, key=lambda item: _severity(item[1]), default=None)
 
+    def end_of(self, rank: int) -> RankEnd | None:
+        """Return how a rank says that it has ended; None if it left no report, or one that its exit status belies.
+
+        A rank that was killed by a signal just after its report was about to end by itself: its report counts.
+        """
+        status = self.ended().get(rank)
+        if status is None or rank not in self.pids:
+            return None
+        end = read_end(self.folder.end(rank), self.pids[rank])
+        return end if end is not None and (status < 0 or status == end.status) else None
+
     def wait(self, seconds: float) -> bool:
-        """Give all ranks ``seconds`` to end; whether they have."""
+        """Give all ranks ``seconds`` to end; return whether they have."""
         deadline = time.monotonic() + seconds
         while len(self.ended()) < len(self.logs):
             if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""Notices that all ranks are stopped (SIGSTOP, a debugger): then no watchdog of any rank is left that could say so."""
+"""Notice that all ranks are stopped (SIGSTOP, a debugger), since none of their watchdogs can say so then."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _NAP = 1.0  # seconds between two looks; each reads a file of /proc per rank
 class AllStopped:
     """Counts for how long the main processes of all ranks have been stopped.
 
-    It counts its own naps and looks at no clock: a machine that slept, or a launcher that was stopped together with its
-    ranks (as SLURM suspends a job), has waited for nothing.
+    It counts its own naps and does not look at a clock. So neither a machine that slept nor a launcher that was stopped
+    together with its ranks (as when SLURM suspends a job) takes that time for a hang.
 
     Args:
         pids: process ids of the ranks.
-        seconds: how long they may be stopped; 0: for ever.
+        seconds: how long they may be stopped; 0: without limit.
     """
 
     def __init__(self, pids: Collection[int], seconds: float) -> None:
@@ -24,7 +24,7 @@ class AllStopped:
         self._waited, self._since_look = 0.0, 0.0
 
     def too_long(self, nap: float) -> bool:
-        """Whether they have been stopped for too long; called every ``nap`` seconds."""
+        """Return whether they have been stopped for too long; call it every ``nap`` seconds."""
         self._since_look += nap
         if self._limit and self._since_look >= min(_NAP, self._limit):
             self._waited = self._waited + self._since_look if all(map(_is_stopped, self._pids)) else 0.0

@@ -19,9 +19,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from launcher.workers.ending import latest_attempt
 from megamoe.config import load_config
 from megamoe.core.errors import UserError
+from megamoe.core.run_folder import RunFolder
 from megamoe.metrics.metrics_file import METRICS_FILE, last_step, read_metrics
 
 CONFIG = Path("configs/demo.yaml")
@@ -116,9 +116,9 @@ def _train(command: Sequence[str], run: Path, steps: int) -> str:
 
 
 def _random_worker(run: Path) -> tuple[int, int]:
-    attempt = latest_attempt(run)
+    attempt = RunFolder(run).latest_attempt()
     assert attempt is not None, "metrics are written, so ranks run"
-    pids: dict[str, int] = json.loads((attempt / "pids.json").read_text())
+    pids: dict[str, int] = json.loads(attempt.pids.read_text())
     rank = random.choice(sorted(pids))
     return int(rank), pids[rank]
 

@@ -1,4 +1,4 @@
-"""The one kind of error that a user, not the program, has to fix."""
+"""Errors that a user has to fix (UserError and its kinds), and the few that name a fault while running."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ class CheckpointError(UserError):
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A checkpoint is not what was written: cut, flipped, or a file is missing. Another one may be good."""
+    """A checkpoint differs from what was written: cut, a flipped bit, a missing file. Another one may be good."""
 
 
 class SpikeError(UserError):
-    """The loss spikes again and again, and going back to a checkpoint and past the samples has not helped."""
+    """The loss spikes again and again; going back to a checkpoint and skipping the samples has not helped."""
+
+
+class PortTakenError(RuntimeError):
+    """Another process listens on the port of rank 0; with another port the same start may succeed."""
 
 
 class NonFiniteError(RuntimeError):
@@ -32,4 +36,4 @@ class NonFiniteError(RuntimeError):
 
 
 class DisagreementError(RuntimeError):
-    """What must be equal on several ranks is not; training on would spread the fault."""
+    """Ranks disagree on what must be equal; to train on would spread the fault."""

@@ -1,4 +1,4 @@
-"""Exit statuses of ranks and of the launcher, so that whoever started them knows what to do next.
+"""Exit statuses of ranks and launchers, by which the caller knows what to do next, and words for them.
 
 Listed for users in docs/faults.md. 75 and above 128 follow sysexits.h and the shells; 0, 1 and 2 are everybody's.
 """
@@ -30,3 +30,19 @@ STOPPED_TWICE = 128 + signal.SIGINT
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What asks a rank to save and stop. SIGUSR1 is what batch systems send before the time limit."""
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal: ``SIGTERM`` for 15."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # the real-time signals have no names
+        return f"signal {number}"
+
+
+def how_it_ended(status: int) -> str:
+    """Say how a process ended, by its exit status or, where that is negative, the signal that killed it.
+
+    ``was killed by SIGKILL`` for -9, ``ended with status 1`` for 1.
+    """
+    return f"was killed by {signal_name(-status)}" if status < 0 else f"ended with status {status}"

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all."""
+"""Write files that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -44,6 +44,6 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what killed writers have left of :func:`atomic_file` in ``folder``; nobody may be writing there now."""
+    """Remove what killed users of :func:`atomic_file` left in ``folder``; nobody may be writing there now."""
     for temporary in folder.glob(".*.tmp"):
         temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Names of shards that are no local files: their scheme, and how they are shown without the secrets in them."""
+"""Names of shards that are not local files: their scheme, and how to show them without their secrets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LONGEST = 300  # characters of a reason: servers and commands may send whole pa
 
 
 def scheme(shard: str) -> str | None:
-    """``http``, ``s3``, ``pipe``, ...; None for a local path."""
+    """Return ``http``, ``s3``, ``pipe``, ...; None for a local path."""
     head, colon, rest = shard.partition(":")
     return _kind(head, rest.startswith("//")) if colon else None
 
@@ -35,7 +35,7 @@ def _kind(head: str, slashes: bool) -> str | None:
 
 
 def unsigned(shard: str) -> str:
-    """``shard`` without the signature of a pre-signed URL: the same object whenever and by whomever it was signed."""
+    """Strip the signature of a pre-signed URL: what is left names the same object whoever signed it, and whenever."""
     if not shard.startswith(("http://", "https://")) or "?" not in shard:
         return shard
     path, _, query = shard.partition("?")
@@ -47,12 +47,12 @@ def unsigned(shard: str) -> str:
 
 
 def is_plain(text: str) -> bool:
-    """Whether there is neither a query nor a secret in ``text``, as in nearly all names of hundreds of thousands."""
+    """Return whether ``text`` has room for neither a query nor a secret, as nearly all of many names."""
     return _PLAIN.fullmatch(text) is not None
 
 
 def masked(text: str) -> str:
-    """``text`` with ``***`` for user names, passwords, query strings and tokens in the URLs and commands in it."""
+    """Replace user names, passwords, query strings and tokens in the URLs and commands of ``text`` by ``***``."""
     if is_plain(text):
         return text
     text = _QUERY.sub(r"\1?***", _USER.sub("***@", text))
@@ -60,7 +60,7 @@ def masked(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """``text`` of a stranger as part of a message: one short line, masked."""
+    """Make foreign ``text`` fit into a message: one short line, masked."""
     line = " ".join(masked(text).split())
     printable = "".join(character if character.isprintable() else "?" for character in line)
     return printable if len(printable) <= _LONGEST else f"{printable[:_LONGEST]}..."

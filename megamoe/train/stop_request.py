@@ -1,4 +1,4 @@
-"""Asked to stop: notes the signal at once, lets the training loop save at the next step, and ends the rank if it cannot.
+"""Handle a request to stop: note it at once, let the loop save at the next step, end the rank if it cannot.
 
 Python runs its own signal handlers only between two instructions of the main thread, which never come while that thread
 waits in a collective for a peer that hangs. So the C part of Python writes each signal to a socket (``set_wakeup_fd``)
@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from typing import NoReturn
 
-from megamoe.core.exit_status import STOP_FAILED, STOP_SIGNALS, STOPPED, STOPPED_TWICE
+from megamoe.core.exit_status import STOP_FAILED, STOP_SIGNALS, STOPPED, STOPPED_TWICE, signal_name
+from megamoe.core.log import say
+from megamoe.core.rank_end import report_end
 
 
 class StopRequest:
@@ -47,7 +48,7 @@ class StopRequest:
         threading.Thread(target=self._listen, name="stop", daemon=True).start()
 
     def started(self) -> None:
-        """From here on there is something to save."""
+        """Note that from here on there is something to save."""
         self._starting = False
 
     def _listen(self) -> None:
@@ -58,12 +59,12 @@ class StopRequest:
                     continue
                 interrupts += number == signal.SIGINT
                 if self._starting:
-                    self._end(STOPPED, f"{signal.Signals(number).name} before the first step: nothing to save")
+                    self._end(STOPPED, f"{signal_name(number)} before the first step: nothing to save")
                 if interrupts > 1:
                     self._end(STOPPED_TWICE, "SIGINT again: ends without a save")
                 if not self.asked:
                     self.asked = True
-                    self._say(f"{signal.Signals(number).name}: saves and stops after the next step")
+                    self._say(f"{signal_name(number)}: saves and stops after the next step")
                     threading.Thread(target=self._limit, name="stop-limit", daemon=True).start()
 
     def _limit(self) -> None:
@@ -72,7 +73,8 @@ class StopRequest:
 
     def _end(self, status: int, why: str) -> NoReturn:
         self._say(why)
+        report_end(status, f"rank {self._rank}: {why}")
         os._exit(status)  # the main thread cannot be asked: it may be in a collective
 
     def _say(self, text: str) -> None:
-        print(f"megamoe: rank {self._rank}: {text}", file=sys.stderr, flush=True)
+        say(f"rank {self._rank}: {text}")

@@ -1,4 +1,4 @@
-"""Ends a rank that makes no progress, with the stacks of its threads in its log: a hang becomes a restart.
+"""End a rank that makes no progress, with the stacks of its threads in its log: a hang becomes a restart.
 
 The training thread only says which phase it is in, which costs an assignment. A thread of the watchdog's own counts for
 how long that has not changed. It counts its own naps and does not look at a clock: a process that was stopped and goes
@@ -16,6 +16,8 @@ import time
 from dataclasses import dataclass
 
 from megamoe.core.exit_status import HUNG
+from megamoe.core.log import say
+from megamoe.core.rank_end import report_end
 
 SLOW = 10
 """Start-up (the first step included: kernels are compiled, shards fetched) and saving may take so many times longer."""
@@ -54,7 +56,7 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def enter(self, phase: str, step: int, slow: bool = False) -> None:
-        """The training thread begins ``phase`` of ``step``: that is progress.
+        """Note that the training thread begins ``phase`` of ``step``: that is progress.
 
         Args:
             phase: what it will wait in, in words for people.
@@ -64,7 +66,7 @@ class Watchdog:
         self._phase = _Phase(phase, step, slow or self._starting)
 
     def started(self) -> None:
-        """The first step is done: from here on a step takes as long as the one before."""
+        """Note that the first step is done: from here on a step takes as long as the one before."""
         self._starting = False
 
     def _watch(self) -> None:
@@ -85,10 +87,10 @@ class Watchdog:
     def _end(self, phase: _Phase, limit: float) -> None:
         faulthandler.dump_traceback(self._log, all_threads=True)
         where = f"in step {phase.step}: {phase.name}" if phase.step else phase.name
-        print(
-            f"megamoe: rank {self._rank} hangs {where}; no progress for {limit:g} s "
-            f"(train.watchdog_seconds{f' x {SLOW}' if phase.slow else ''}), stacks above",
-            file=self._log,
-            flush=True,
+        said = (
+            f"rank {self._rank} hangs {where}; no progress for {limit:g} s "
+            f"(train.watchdog_seconds{f' x {SLOW}' if phase.slow else ''}), stacks above"
         )
+        say(said, self._log)
+        report_end(HUNG, said, phase=phase.name, step=phase.step)
         os._exit(HUNG)

@@ -268,10 +268,10 @@ def test_a_pipe_is_read_to_its_end(tmp_path: Path, shard: bytes, file: BinaryIO)
 @pytest.mark.parametrize(
     ("command", "reason"),
     [
-        ("head -c 5000 {}; echo first >&2; echo 'no route' >&2; exit 3", r"3 tries \(.* exit status 3: no route\)"),
+        ("head -c 5000 {}; echo first >&2; echo 'no route' >&2; exit 3", r"3 tries \(.* ended with status 3: no route\)"),
         ("head -c 5000 {}", "broken off after 5000 bytes, without the end mark"),
         ("true", "broken off after 0 bytes"),
-        ("no-such-command {}", r"1 try \(.*exit status 127: .*not found\); check the command"),
+        ("no-such-command {}", r"1 try \(.*ended with status 127: .*not found\); check the command"),
         ("cat {}; kill -9 $$", "killed by SIGKILL: it said nothing"),
         ("head -c 5000 {}; sleep 60", "wrote nothing for 0.5 s"),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launcher.elastic.events import EVENTS, History, Recovery, recoveries
+from launcher.elastic.events import History, Recovery, recoveries
 from launcher.elastic.layouts import choose_layout, layout_overrides, team_sizes
 from launcher.elastic.node_choice import Losses, natural
 from launcher.elastic.starts import how_it_begins, in_vain
@@ -17,6 +17,7 @@ from launcher.workers.run_progress import RunState
 from megamoe.config import Config
 from megamoe.config.launch import LaunchConfig
 from megamoe.core.errors import UserError
+from megamoe.core.run_folder import RunFolder
 from tests.training import small_config
 
 
@@ -59,21 +60,23 @@ def test_nodes_are_numbered_as_people_count() -> None:
 
 
 def test_losses_have_an_end_unless_the_run_comes_further() -> None:
-    losses = Losses(LaunchConfig(nodes=2, max_restarts=1))
-    assert losses.note(["a"], RunState(5, 0, None)) == []
-    assert losses.note(["a"], RunState(9, 0, None)) == ["a"]  # twice, and no checkpoint
-    assert losses.note(["b"], RunState(12, 10, Path("step-10"))) == []
-    assert losses.note(["b"], RunState(22, 20, Path("step-20"))) == []
+    losses = Losses(LaunchConfig(nodes=2, max_restarts=1)).after(["a"], RunState(5, 0, None))
+    assert not losses.too_often("a")
+    losses = losses.after(["a"], RunState(9, 0, None))
+    assert losses.too_often("a") and not losses.too_often("b")  # twice, and no checkpoint
+    losses = losses.after(["b"], RunState(12, 10, Path("step-10")))
+    assert not losses.too_often("b") and not losses.too_often("a")
+    losses = losses.after(["b"], RunState(22, 20, Path("step-20")))
+    assert not losses.too_often("b")
     for _ in range(2):
-        losses.note(["c"], RunState(22, 20, None))
+        losses = losses.after(["c"], RunState(22, 20, None))
         assert losses.stuck() is None
-    losses.note(["d"], RunState(22, 20, None))
-    assert losses.stuck() is not None
+    assert losses.after(["d"], RunState(22, 20, None)).stuck() is not None
 
 
 def write(run: Path, *events: tuple[float, str, int | None, dict[str, object]]) -> None:
     (run / "launch").mkdir(exist_ok=True)
-    with (run / EVENTS).open("a") as file:
+    with RunFolder(run).launch.events.open("a") as file:
         for at, event, step, detail in events:
             file.write(json.dumps({"time": at, "event": event, "node": None, "step": step, "detail": detail}) + "\n")
 
@@ -139,7 +142,7 @@ def test_a_run_is_not_started_again_for_ever(tmp_path: Path) -> None:
 def test_a_cut_line_of_the_history_is_left_out(tmp_path: Path) -> None:
     before = time.time()
     History(tmp_path).event("supervisor", job="7")
-    with (tmp_path / EVENTS).open("a") as file:
+    with RunFolder(tmp_path).launch.events.open("a") as file:
         file.write('{"time": 1, "ev')
     assert recoveries(tmp_path) == []
     assert how_it_begins(tmp_path, "7")[1] >= before

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -64,8 +65,9 @@ def calls(folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Say:
+def say(capsys: pytest.CaptureFixture[str]) -> Iterator[Say]:
     """Run the command; exit status, stdout and stderr."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
     def run(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
@@ -73,7 +75,9 @@ def say(capsys: pytest.CaptureFixture[str]) -> Say:
         printed = capsys.readouterr()
         return int(ended.value.code or 0), printed.out, printed.err
 
-    return run
+    yield run
+    # Verbs that run inside a job block SIGUSR1, which processes that later tests start would inherit.
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def names(folder: Path) -> list[str]:

@@ -14,13 +14,19 @@ from pathlib import Path
 import pytest
 
 from launcher.local.launch import launch_local
-from launcher.workers.ending import latest_attempt
 from megamoe.config.launch import LaunchConfig
 from megamoe.core.errors import UserError
 from megamoe.core.exit_status import NO_PROGRESS, STOPPED
+from megamoe.core.run_folder import RunFolder
 
 WORKER = Path(__file__).with_name("worker.py")
 Script = dict[str, dict[str, str]]
+
+
+def latest_attempt(run: Path) -> Path:
+    attempt = RunFolder(run).latest_attempt()
+    assert attempt is not None
+    return attempt.path
 
 
 def launch(run: Path, script: Script, nproc: int = 2, resume: str = "none", **limits: float) -> int:
@@ -122,6 +128,31 @@ def test_a_wrong_request_is_not_retried_and_said_once(
     assert launch(tmp_path, script) == 2
     assert capfd.readouterr().err == "megamoe: error: optim.lr 7: is silly; use 1\n"
     assert latest_attempt(tmp_path) == tmp_path / "logs/attempt-1"
+
+
+def test_a_rank_that_refused_without_a_report_is_named_whatever_its_log_says(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(tmp_path, {"1": {"0": "hang", "1": "refuse-without-a-word"}}) == 2
+    log = tmp_path / "logs/attempt-1/rank-00001.log"
+    assert "megamoe: error: in a log" in log.read_text()
+    assert capfd.readouterr().err == f"megamoe: error: rank 1 refused the request without a word, see {log}\n"
+
+
+def test_the_words_of_a_log_decide_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(tmp_path, {"1": {"0": "tell-tales", "1": "tell-tales"}}, max_restarts=1) == 0
+    error = capfd.readouterr().err
+    assert "restart 1 of at most 1" in error and "ended with status 1" in error
+
+
+def test_a_report_of_an_older_attempt_is_not_believed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs/attempt-1").mkdir(parents=True)
+    old = {"kind": "request_is_wrong", "status": 2, "message": "was wrong", "pid": 1, "phase": None, "step": None}
+    (tmp_path / "logs/attempt-1/rank-00001.end.json").write_text(json.dumps(old))
+    assert launch(tmp_path, {"2": {"0": "hang", "1": "die"}}) == 0
+    error = capfd.readouterr().err
+    assert "rank 1 was killed by SIGKILL" in error and "was wrong" not in error
+    assert not (tmp_path / "logs/attempt-2/rank-00001.end.json").exists(), "who is killed leaves no report"
 
 
 def test_the_rank_that_was_killed_is_blamed_not_the_peers_that_followed(

@@ -98,6 +98,15 @@ def test_a_port_that_somebody_took_and_a_hang_are_told_apart_from_a_failure(conf
     assert len(ports) == 3 and "rank 1 hangs in step 7: waits for data" in said and "restart 1 of at most 1" in said
 
 
+def test_a_log_that_speaks_of_a_taken_port_costs_a_restart_like_any_other_failure(config: Path, tmp_path: Path) -> None:
+    script = {"1": {"0": "tell-tales", "1": "hang"}}
+    with supervised(
+        tmp_path, tmp_path / "run", config, "launch.max_restarts=0", nodes=["n1", "n2"], command=worker(script)
+    ) as run:
+        status, said = run.end()
+    assert status == 1 and len(run.attempts()) == 1 and "giving up after 0 restarts" in said
+
+
 def test_a_wrong_request_is_said_once_and_not_repeated(config: Path, tmp_path: Path) -> None:
     script = {"1": {"0": "hang", "1": "refuse"}}
     with supervised(tmp_path, tmp_path / "run", config, nodes=["n1", "n2"], command=worker(script)) as run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Iterator
@@ -47,7 +46,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{tmp_path}/bin")
     (tmp_path / "launch").mkdir()
     queue(tmp_path)
-    present(tmp_path, "n1", "n2")
     return tmp_path
 
 
@@ -55,17 +53,14 @@ def queue(folder: Path, *rows: str) -> None:
     (folder / "queue").write_text("".join(f"{row}\n" for row in rows))
 
 
-def present(folder: Path, *nodes: str) -> None:
-    state = {"nodes": [{"name": node, "state": "working"} for node in nodes]}
-    (folder / "launch/state.json").write_text(json.dumps(state))
-
-
 def settings(again: str = "requeue", **launch: Any) -> Config:
     return Config.model_validate({"launch": {"nodes": 2, "slurm": {"again": again}, **launch}})
 
 
 def cluster(folder: Path, *said: list[str], again: str = "requeue", **launch: Any) -> SlurmCluster:
-    return SlurmCluster(settings(again, **launch), folder, "7", said[0].append if said else print)
+    mine = SlurmCluster(settings(again, **launch), folder, "7", said[0].append if said else print)
+    mine.nodes_present(["n1", "n2"])
+    return mine
 
 
 def asked(folder: Path, *tools: str) -> list[str]:
@@ -121,7 +116,7 @@ def test_nodes_that_are_on_their_way_are_not_asked_for_again(folder: Path) -> No
     mine.ask_for_nodes(2)
     assert asked(folder, "sbatch") == ["sbatch --parsable"]
     assert "#SBATCH --nodes=1\n" in (folder / "launch/helper.sh").read_text()
-    present(folder, "n1", "n2", "n3")
+    mine.nodes_present(["n1", "n2", "n3"])
     queue(folder, "8|RUNNING|n3")
     mine.ask_for_nodes(1)
     assert asked(folder, "sbatch") == ["sbatch --parsable"], "n3 is there: the wish is for another one"
@@ -132,7 +127,7 @@ def test_an_agent_that_ended_on_a_living_node_comes_first(folder: Path, monkeypa
     mine = cluster(folder)
     start_and_end_agents(mine)
     asked(folder)
-    present(folder, "n1")
+    mine.nodes_present(["n1"])
     mine.ask_for_nodes(1)
     mine.close()
     found = asked(folder, "srun", "sbatch")
@@ -145,7 +140,7 @@ def test_a_node_that_does_not_answer_gets_no_agent(folder: Path, monkeypatch: py
     mine = cluster(folder)
     start_and_end_agents(mine)
     asked(folder)
-    present(folder, "n1")
+    mine.nodes_present(["n1"])
     mine.ask_for_nodes(1)
     mine.close()
     assert asked(folder, "srun", "sbatch") == ["sbatch --parsable"]

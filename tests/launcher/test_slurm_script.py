@@ -170,13 +170,13 @@ def test_a_warning_before_anybody_listens_neither_ends_the_job_nor_is_lost(verb:
     starting = f"""
         import os, signal
         import launcher.slurm.inside_job
-        from launcher.workers.processes import caught_signals
+        from launcher.workers.stop_signals import caught_signals
         from megamoe.commands.launch import launch
 
         def listen_late(*_):
             os.kill(os.getpid(), signal.SIGUSR1)
             with caught_signals() as caught:
-                print(*caught)
+                print(*caught.received)
             return 0
 
         launcher.slurm.inside_job.supervise_run = launcher.slurm.inside_job.serve_run = listen_late

@@ -20,6 +20,16 @@ with (run / f"seen-{attempt}-{rank}.json").open("w") as file:
     json.dump({"argv": sys.argv[2:], "env": dict(os.environ), "pid": os.getpid()}, file)
 
 
+def report(status: int, message: str, **rest: object) -> None:
+    """Report how this rank ends, as a real one does."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before any installed copy
+    from megamoe.core.rank_end import EndKind, report_end  # not sooner: what is seen above is not to wait for it
+
+    if "kind" in rest:
+        rest["kind"] = EndKind(rest["kind"])
+    report_end(status, message, **rest)
+
+
 def train() -> None:
     """Steps of 50 ms until there is a file named "finish"; saves and stops when asked to, as a real rank does."""
     stop: list[int] = []
@@ -54,12 +64,23 @@ match actions.get(rank, actions.get("*", "done")):
         sys.stderr.write("step 1\rstep 2\r")
         print("to stdout", flush=True)
     case "port-taken":
-        sys.exit("The server socket has failed to listen. code: -98, name: EADDRINUSE, message: address already in use")
+        report(1, "somebody listens there", kind="port_taken")
+        sys.exit("a traceback's last line")
     case "refuse":
         print("megamoe: error: optim.lr 7: is silly; use 1", file=sys.stderr)
+        report(2, "optim.lr 7: is silly; use 1")
         sys.exit(2)
+    case "refuse-without-a-word":
+        print("megamoe: error: in a log, where nobody looks", file=sys.stderr)
+        sys.exit(2)
+    case "tell-tales":
+        print(
+            "megamoe: error: optim.lr 7: is silly\nmegamoe: rank 1 hangs in step 7\ncode: -98, name: EADDRINUSE", flush=True
+        )
+        sys.exit(1)
     case "hang-and-end":
-        print("the stacks of threads\nmegamoe: rank 1 hangs in step 7: waits for data", flush=True)
+        print("the stacks of threads\nrank 1 hangs in other words", flush=True)
+        report(76, "rank 1 hangs in step 7: waits for data", phase="waits for data", step=7)
         os._exit(76)
     case "freeze":
         os.kill(os.getpid(), signal.SIGSTOP)

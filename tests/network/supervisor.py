@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from launcher.elastic.run import supervise
@@ -44,6 +45,7 @@ class HostCluster:
                 subprocess.Popen([*inside, *agent], env=os.environ, stderr=log, start_new_session=True)
         return len(self._hosts)
 
+    def nodes_present(self, nodes: Collection[str]) -> None: ...
     def ask_for_nodes(self, count: int) -> None: ...
 
     def run_again(self, why: str) -> bool:

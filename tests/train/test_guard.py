@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from megamoe.config.schema import TrainConfig
+from megamoe.config.training import TrainConfig
 from megamoe.core.errors import CheckpointError, NonFiniteError
 from megamoe.metrics.counters import Counters
 from megamoe.train.guard import Action, Fault, Guard, Outcome, judge

@@ -16,7 +16,7 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NoReturn, Protocol
 
+from megamoe.core.child import end_with_parent
+from megamoe.core.exit_status import how_it_ended
 from megamoe.data.shards.storage import MOST_FILES
 
 _DEAF_TO = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -141,9 +143,9 @@ class WorkerProcesses:
             pass
         if not self._pids:
             return f"the data workers could not be started (exit code {self._server.poll()}); the reason is above"
-        code = self._ended.get(worker, "unknown")
+        code = self._ended.get(worker)
         return (
-            f"data worker {worker} (pid {self._pids[worker]}, exit code {code}) died; "
+            f"data worker {worker} (pid {self._pids[worker]}) {'died' if code is None else how_it_ended(code)}; "
             "if it was killed for memory, lower data.workers or data.prefetch"
         )
 
@@ -195,7 +197,7 @@ def serve(life: int, report: int, block: int, job: int, *pipes: int) -> None:
         pids.append(pid)
     for pipe in pipes:
         os.close(pipe)
-    threading.Thread(target=_end_with_rank, args=(alive, pids), daemon=True).start()
+    end_with_parent(lambda: wait([alive]), lambda: _kill_late(pids))
     _tell_ends(Connection(report, readable=False), pids)
 
 
@@ -211,7 +213,7 @@ def _tell_ends(report: Connection, pids: list[int]) -> None:
 
 
 def _work(work: Work, worker: int, workers: int, memory: mmap.mmap, pipe: Connection, alive: Connection) -> NoReturn:
-    threading.Thread(target=_end_with_rank, args=(alive, []), daemon=True).start()
+    end_with_parent(lambda: wait([alive]))
     try:
         for item in work.serve(worker, workers, memory):
             pipe.recv_bytes()
@@ -224,16 +226,13 @@ def _work(work: Work, worker: int, workers: int, memory: mmap.mmap, pipe: Connec
     os._exit(0)
 
 
-def _end_with_rank(alive: Connection, children: list[int]) -> None:
-    wait([alive])
-    if children:
-        # They end in the same way, and the server when they are gone. One that cannot, since it was stopped, is the reason
-        # why the rank has ended: the launcher looks for it, so it must not be gone at once.
-        threading.Event().wait(_GRACE)
-    for pid in children:
+def _kill_late(workers: list[int]) -> None:
+    # They end in the same way, and the server when they are gone. One that cannot, since it was stopped, is the reason
+    # why the rank has ended: the launcher looks for it, so it must not be gone at once.
+    time.sleep(_GRACE)
+    for pid in workers:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    os._exit(1)
 
 
 def _shared(size: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from megamoe.core.errors import DataError
+from megamoe.core.retry import Backoff
 from megamoe.core.urls import masked, scheme
 from megamoe.data.remote.stream import Interrupted, Patience, Refused, Stream
 from megamoe.data.shards.tar import BLOCK, checksum_is_right
@@ -162,8 +162,8 @@ class _Attempts:
         return self._file.read() != bytes(2 * BLOCK)
 
     def _pause(self, asked: float | None) -> float:
-        doubled = self._patience.first_wait * 2 ** (self._failures - 1) * random.uniform(0.5, 1.0)
-        return min(max(doubled, asked or 0.0), self._patience.longest_wait)
+        backoff = Backoff(self._patience.first_wait, self._patience.longest_wait, jitter=0.5)
+        return backoff.wait(self._failures, asked or 0.0)
 
     def _unavailable(self, reason: str, remedy: str) -> ShardUnavailable:
         tries = self._retries + 1

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
+from megamoe.core.exit_status import how_it_ended
 from megamoe.core.urls import one_line
 from megamoe.data.remote.stream import CHUNK, Interrupted, Patience, Refused, Stream
 
@@ -60,8 +61,7 @@ def _chunks(process: subprocess.Popen[bytes], output: IO[bytes], said: _LastLine
     except subprocess.TimeoutExpired as error:
         raise Interrupted(f"the command closed its output but did not end within {patience.read:g} s") from error
     if status:
-        how = f"exit status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
-        reason = one_line(f"the command failed with {how}: {said.line() or 'it said nothing'}")
+        reason = one_line(f"the command {how_it_ended(status)}: {said.line() or 'it said nothing'}")
         if status in _SHELL_FAILED:
             raise Refused(reason, "check the command")
         raise Interrupted(reason)

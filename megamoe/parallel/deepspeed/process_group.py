@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from megamoe.core.errors import UserError
+from megamoe.core.errors import PortTakenError, UserError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # a peer that is silent for longer counts as dead
 
@@ -26,6 +26,7 @@ def joined_world() -> Iterator[torch.device]:
 
     Raises:
         UserError: this machine has GPUs, but fewer than ranks.
+        PortTakenError: another process listens on MASTER_PORT.
     """
     cuda = torch.cuda.is_available()
     if cuda:
@@ -43,7 +44,13 @@ def joined_world() -> Iterator[torch.device]:
         # DeepSpeed would compile a shared-memory all-reduce for inference with g++ at the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _import_uncompiled("deepspeed.runtime.zero.muon.muon_optimizer")
-    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=COLLECTIVE_TIMEOUT)
+    try:
+        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=COLLECTIVE_TIMEOUT)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error):  # torch gives the number of the error in its text alone
+            port = os.environ.get("MASTER_PORT")
+            raise PortTakenError(f"MASTER_PORT {port} is used by another process; take another port") from error
+        raise
     try:
         yield device
     finally:
