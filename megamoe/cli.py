@@ -113,7 +113,7 @@ def generate(source: Path, image: Path, prompt: str) -> None:
 @click.argument("run", type=PATH)
 def report(run: Path) -> None:
     """Write the run as one HTML page: curves, expert load, pictures with captions."""
-    from megamoe.report.page import write_report
+    from megamoe.report.run_page import write_report
 
     click.echo(write_report(run))
 

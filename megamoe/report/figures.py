@@ -1,6 +1,6 @@
 """Curves and heat maps as inline SVG that takes its colours from the page, so that it fits light and dark alike.
 
-matplotlib draws with marker colours, which are then replaced by CSS variables of template.html.
+matplotlib draws with marker colours, which are then replaced by CSS variables of base.html.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def stats(
         show({"shards": len(paths), "files": written, "dry_run": True}, as_json, text)
         return
     found = collect_stats(paths, tokenizer=tokenizer, sample=sample if out else 0, processes=processes)
-    from data_tools.stats.page import summary, write_stats  # matplotlib: not needed by the worker processes
+    from data_tools.stats.stats_page import summary, write_stats  # matplotlib: not needed by the worker processes
 
     made = write_stats(found, out, shards, sample) if out else []
     lines = [f"{label + ':':<24}{value}" for label, value in summary(found).items()]

@@ -6,12 +6,10 @@ import base64
 import io
 import json
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image, ImageOps
@@ -25,6 +23,7 @@ from megamoe.data.sample.decode import MAX_PIXELS, CorruptSample
 from megamoe.data.shards.index import Extent
 from megamoe.data.shards.storage import Storage
 from megamoe.report.figures import GRID, SERIES, as_svg, house_style, new_figure
+from megamoe.report.html_page import Chart, render_page
 
 WORDS = 30
 _SIDE = 320  # pixels: sharp on screens that have two for each
@@ -51,15 +50,6 @@ them they this to up was we were what when which who will with you your s t
 """
 
 
-class Chart(NamedTuple):
-    """A histogram with its name, a hint and the quantiles under it."""
-
-    title: str
-    hint: str
-    svg: Markup
-    quantiles: list[tuple[str, str]]
-
-
 class Picture(NamedTuple):
     """A sample as it is shown: data of a WebP, true size."""
 
@@ -84,12 +74,11 @@ def write_stats(stats: Stats, out: Path, name: str, sample: int) -> list[Path]:
 
 def render(stats: Stats, name: str, sample: int) -> str:
     """The page as text."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("data_tools.stats").joinpath("stats.html").read_text(encoding="utf-8"))
     common = set(_COMMON.split())
     words = [(word, count) for word, count in ranked(stats.words) if word not in common][:WORDS]
-    return template.render(
-        style=_style_of_reports(),
+    return render_page(
+        "data_tools.stats",
+        "stats.html",
         name=name,
         tiles=_tiles(stats),
         facts=_facts(stats),
@@ -101,12 +90,6 @@ def render(stats: Stats, name: str, sample: int) -> str:
         lower_bounds=stats.words_dropped,
         pictures=_pictures(stats.shown, sample),
     )
-
-
-def _style_of_reports() -> Markup:
-    """The style sheet of a run's page: one look, written down once."""
-    page = files("megamoe.report").joinpath("template.html").read_text(encoding="utf-8")
-    return Markup(page.split("<style>", 1)[1].split("</style>", 1)[0])
 
 
 def _ordered(columns: dict[str, Sketch]) -> list[str]:
@@ -151,7 +134,8 @@ def _chart(title: str, hint: str, sketch: Sketch) -> Chart:
     shown = [*quantiles, ("max", sketch.most), ("mean", sketch.mean)]
     skewed = sketch.is_skewed()
     hint = f"{hint} Logarithmic." if skewed else hint
-    return Chart(title, hint, _histogram(sketch, skewed), [(label, _number(value)) for label, value in shown])
+    quantiles = [(label, _number(value)) for label, value in shown]
+    return Chart(title, hint, _histogram(sketch, skewed), quantiles=quantiles)
 
 
 def _histogram(sketch: Sketch, skewed: bool) -> Markup:

@@ -7,13 +7,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from megamoe.config import Config, load_config
 from megamoe.config.size import model_size
@@ -21,20 +18,9 @@ from megamoe.core.errors import UserError
 from megamoe.metrics.metrics_file import METRICS_FILE, read_metrics
 from megamoe.parallel.layout import plan_layout
 from megamoe.report.figures import Array, curves, expert_heat_map
+from megamoe.report.html_page import Chart, Fact, render_page
 
 LAST = 50  # records over which the load and the figures of the end are averaged
-
-Fact = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A figure, its name, and what to look for in it."""
-
-    title: str
-    hint: str
-    svg: Markup
-    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,10 +56,10 @@ def write_report(run: Path) -> Path:
     if not records:
         raise UserError(f"{run / METRICS_FILE}: has no step yet; report on the run after its first step")
     config, problem = _config(run)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("megamoe.report").joinpath("template.html").read_text(encoding="utf-8"))
     splits = _splits(run)
-    html = template.render(
+    html = render_page(
+        "megamoe.report",
+        "run.html",
         name=config.run.name if config else run.resolve().name,
         tiles=_tiles(records, splits, config),
         facts=_facts(records, config),
