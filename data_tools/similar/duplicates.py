@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.similar.fingerprints import load_fingerprints
-from data_tools.similar.near import Indices, first_near
+from data_tools.similar.hamming import Indices, first_near
 
 
 class Duplicate(NamedTuple):
@@ -51,7 +51,7 @@ def find_duplicates(files: Sequence[Path], protected: int, distance: int | None)
 
 
 def _first_equal(values: npt.NDArray[np.uint8], always_kept: int) -> Indices:
-    """As :func:`data_tools.similar.near.first_near`, for digests, uint8 (n, 32)."""
+    """As :func:`data_tools.similar.hamming.first_near`, for digests, uint8 (n, 32)."""
     rows = values.view(f"V{values.shape[1]}").reshape(-1)
     _, first, which = np.unique(rows, return_index=True, return_inverse=True)
     partners: Indices = first[which].astype(np.int64)

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from PIL import Image, ImageOps
 
 from data_tools.checks.contents import MAX_MEMBER
-from data_tools.stats.collect import Shown, Stats, picture_size, ranked
+from data_tools.stats.shard_stats import Shown, Stats, picture_size, ranked
 from data_tools.stats.sketch import Sketch
 from megamoe.core.errors import DataError
 from megamoe.core.files import atomic_file
@@ -85,9 +85,9 @@ def render(stats: Stats, name: str, sample: int) -> str:
         damaged=stats.damaged,
         numbers=[_chart(*_NUMBERS[key], stats.numbers[key]) for key in _NUMBERS if _has(stats.numbers, key)],
         columns=[_chart(key, _column_hint(stats, key), stats.columns[key]) for key in _ordered(stats.columns)],
-        columns_left_out=stats.columns_left_out,
+        more_columns=stats.more_columns,
         words=[(word, f"{count:,}", 100 * count / words[0][1]) for word, count in words],
-        lower_bounds=stats.words_dropped,
+        lower_bounds=stats.words_are_lower_bounds,
         pictures=_pictures(stats.shown, sample),
     )
 
@@ -117,8 +117,8 @@ def _tiles(stats: Stats) -> list[tuple[str, str]]:
 def _facts(stats: Stats) -> list[tuple[str, str]]:
     formats = [f"{kind} {count / stats.samples:.1%}" for kind, count in ranked(stats.formats)]
     extensions = [f"{ext} {count:,}" for ext, count in ranked(stats.extensions, 8)]
-    left_out = [f"{count:,} {cause}" for cause, count in ranked(stats.left_out)]
-    facts = [("formats", formats), ("members", extensions), ("samples left out", left_out or ["none"])]
+    lost = [f"{count:,} {cause}" for cause, count in ranked(stats.lost)]
+    facts = [("formats", formats), ("members", extensions), ("samples left out", lost or ["none"])]
     return [(label, ", ".join(values)) for label, values in facts if values]
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from data_tools.distribute.jobs import map_jobs
 from data_tools.sources.columns import Names
+from data_tools.sources.detect import open_source
 from data_tools.sources.download import DownloadOptions
 from data_tools.sources.item import FAILED_TO_DOWNLOAD, Source
-from data_tools.sources.recognise import open_source
 from data_tools.writing.build_shard import STATUSES, PictureOptions, ShardJob, first_loss, make_shard
 from megamoe.core.errors import DataError, UserError
 from megamoe.core.files import atomic_file
@@ -82,7 +82,7 @@ def plan(source: Path, options: BuildOptions) -> Source:
     """Say what ``source`` is and how it is cut, and write nothing.
 
     Raises:
-        DataError: as :func:`data_tools.sources.recognise.open_source`.
+        DataError: as :func:`data_tools.sources.detect.open_source`.
     """
     return open_source(source, options.shard_size, options.names, options.input_format)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from data_tools.similar.duplicates import find_duplicates
 from data_tools.similar.fingerprints import By, ShardToHash, hash_shard, load_fingerprints, load_keys
 from data_tools.writing.account import Account, whole_records
-from data_tools.writing.late_writer import LateWriter
+from data_tools.writing.lazy_writer import LazyWriter
 from data_tools.writing.out_folder import OutFolder, Source, open_source, output_names
 from megamoe.core.errors import DataError
 from megamoe.core.files import atomic_file
@@ -126,7 +126,7 @@ def _jobs(
 def _copy_shard(job: _Shard) -> Account:
     account = Account()
     comparable = load_fingerprints(job.fingerprints).comparable
-    with LateWriter(job.target) as writer:
+    with LazyWriter(job.target) as writer:
         for i, record in enumerate(whole_records(job.source, job.label, account)):
             if i in job.dropped:
                 account.dropped[job.dropped[i]] += 1

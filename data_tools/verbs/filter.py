@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_tools.checks.conditions import Conditions
 from data_tools.writing.account import Account, whole_records
-from data_tools.writing.late_writer import LateWriter
+from data_tools.writing.lazy_writer import LazyWriter
 from data_tools.writing.out_folder import OutFolder, open_source, output_names
 from megamoe.core.errors import UserError
 
@@ -50,7 +50,7 @@ def filter_shards(
 
 def _filter_shard(job: _Shard) -> Account:
     account = Account()
-    with LateWriter(job.target) as writer:
+    with LazyWriter(job.target) as writer:
         for record in whole_records(job.source, job.label, account):
             cause, missing = job.conditions.judge(record)
             if cause is not None:

@@ -12,7 +12,7 @@ from data_tools.distribute.jobs import map_jobs
 from megamoe.core.errors import DataError
 from megamoe.data.shards.index import ShardIndex, build_index, index_path, load_index, write_index
 
-_NAMED = 10  # samples left out that are named for each shard; its index names them all
+_NAMED = 10  # samples lost that are named for each shard; its index names them all
 
 
 @dataclass
@@ -44,7 +44,7 @@ class _Outcome(NamedTuple):
     bytes: int = 0
     skipped: bool = False
     unusable: str = ""
-    left_out: str = ""  # samples of a shard that was read now
+    lost: str = ""  # samples of a shard that was read now
 
 
 def index_shards(
@@ -71,7 +71,7 @@ def index_shards(
         totals.skipped += outcome.skipped
         if outcome.unusable:
             totals.unusable.append({"shard": str(task.shard), "reason": outcome.unusable})
-        if line := outcome.unusable or outcome.left_out:
+        if line := outcome.unusable or outcome.lost:
             say(line)
     totals.seconds = time.monotonic() - began
     return totals
@@ -96,13 +96,13 @@ def _index(task: _Task) -> _Outcome:
             return _Outcome(unusable=str(error))
         write_index(index, index_path(shard, out))
     header = index.header
-    left_out = "" if skipped else _left_out(shard, index)
-    return _Outcome(header.samples, header.incomplete, header.duplicates, header.bytes, skipped, "", left_out)
+    lost = "" if skipped else _lost_samples(shard, index)
+    return _Outcome(header.samples, header.incomplete, header.duplicates, header.bytes, skipped, "", lost)
 
 
-def _left_out(shard: Path, index: ShardIndex) -> str:
+def _lost_samples(shard: Path, index: ShardIndex) -> str:
     problems = [f"{key}: {why}" for key, why in index.incomplete] + [f"{key}: twice" for key in index.duplicates]
     if not problems:
         return ""
     more = f"; and {len(problems) - _NAMED} more, which its index names" if len(problems) > _NAMED else ""
-    return f"shard {shard}: {len(problems)} samples left out ({'; '.join(problems[:_NAMED])}{more})"
+    return f"shard {shard}: {len(problems)} samples lost ({'; '.join(problems[:_NAMED])}{more})"

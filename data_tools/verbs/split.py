@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from data_tools.writing.account import Account, whole_records
-from data_tools.writing.late_writer import LateWriter
+from data_tools.writing.lazy_writer import LazyWriter
 from data_tools.writing.out_folder import OutFolder, open_source, output_names
 from megamoe.core.errors import UserError
 from megamoe.data.shards.held_out import bounds, key_hash
@@ -73,7 +73,7 @@ def split_shards(
 def _split_shard(job: _Shard) -> Account:
     account = Account()
     with ExitStack() as stack:
-        writers = [stack.enter_context(LateWriter(target)) for target in job.targets]
+        writers = [stack.enter_context(LazyWriter(target)) for target in job.targets]
         for record in whole_records(job.source, job.label, account):
             writers[bisect_right(job.bounds, key_hash(record.key))].write(record)
     for part, writer in zip(job.parts, writers, strict=True):

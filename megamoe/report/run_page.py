@@ -1,4 +1,4 @@
-"""RUN/report.html: what a run did, on one page, from the files of the run alone."""
+"""Make RUN/report.html, which shows on one page what a run did, from the files of the run alone."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from megamoe.parallel.layout import plan_layout
 from megamoe.report.figures import Array, curves, expert_heat_map
 from megamoe.report.html_page import Chart, Fact, render_page
 
-LAST = 50  # records over which the load and the figures of the end are averaged
+LAST = 50  # number of last records over which the load and the final figures are averaged
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out picture; the generated caption as (word, whether it differs from the true one)."""
+    """A held-out picture with its true caption; the generated one is a list of (word, differs from the true one)."""
 
     id: str
     image: str
@@ -44,13 +44,13 @@ class Split:
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.html from metrics.jsonl and, where they are there, config.yaml, eval.json and eval/*.jsonl.
+    """Write RUN/report.html from metrics.jsonl and, if they exist, config.yaml, eval.json and eval/*.jsonl.
 
     Returns:
-        Path of the page. It is self-contained: no script, no font, no picture from elsewhere.
+        Path of the page. It is self-contained: it loads no script, font or picture.
 
     Raises:
-        UserError: RUN has no metrics.jsonl or no step in it, or a file of the evaluation is damaged.
+        UserError: RUN has no metrics.jsonl, it has no step, or a file of the evaluation is damaged.
     """
     records = read_metrics(run)
     if not records:
@@ -82,7 +82,7 @@ def _config(run: Path) -> tuple[Config | None, str]:
         return None, ""
     try:
         return load_config(path), ""
-    except UserError as error:  # written by another version; the curves can be shown all the same
+    except UserError as error:  # written by another version; the curves can still be shown
         return None, str(error)
 
 
@@ -111,7 +111,7 @@ def _facts(records: Sequence[Mapping[str, Any]], config: Config | None) -> list[
     if config and worlds:
         try:
             facts.insert(0, ("layout", plan_layout(config, world_size=worlds[-1]).describe()))
-        except UserError as error:  # the file says another layout than the run had
+        except UserError as error:  # config.yaml has another layout than the run had
             facts.insert(0, ("layout", str(error)))
     return facts
 

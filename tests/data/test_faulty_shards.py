@@ -80,7 +80,7 @@ def until_bad(loader: StepLoader, seen: Seen) -> BadShard:
 
 
 def go_on_without(loader: StepLoader, bad: BadShard, seen: Seen) -> None:
-    loader.set_aside(loader.state, {bad.shard: max(0, bad.count)})
+    loader.quarantine(loader.state, {bad.shard: max(0, bad.count)})
     for _ in range(STEPS):
         seen.add(next(loader))
 
@@ -139,7 +139,7 @@ def test_samples_of_a_shard_that_goes_bad_later_are_lost_one_by_one(
         bad = until_bad(loader, seen)
         assert "is older than its shard" in str(bad)
         assert loader.count(bad.shard, fetch=False) == EACH
-        loader.set_aside(loader.state, {bad.shard: EACH})
+        loader.quarantine(loader.state, {bad.shard: EACH})
         for _ in range(STEPS):
             seen.add(next(loader))
     assert set(seen.used) == ids(0, 1, 3)
@@ -257,10 +257,10 @@ def test_a_shard_that_its_server_replaced_is_not_read_by_the_old_index(
     seen, empty = Seen(tokenizer), ShardCache(tmp_path / "another node", None, QUICK)
     with make_loader(remote, tokenizer, cache=empty) as loader:
         bad = until_bad(loader, seen)
-        assert f"is older than its shard {server.url}/{BAD}.tar?***: put the shard back" in str(bad)
+        assert f"is older than its shard {server.url}/{BAD}.tar?***: restore the shard" in str(bad)
         assert loader.count(bad.shard, fetch=True) == EACH
         assert len(list(empty.folder.glob("*.tar"))) < SHARDS, "the new bytes must not stay"
-        loader.set_aside(loader.state, {bad.shard: EACH})
+        loader.quarantine(loader.state, {bad.shard: EACH})
         for _ in range(STEPS):
             seen.add(next(loader))
     assert set(seen.used) == ids(0, 1, 3)
@@ -298,11 +298,11 @@ def test_a_quarantine_of_many_samples_in_a_row_stops_nothing_but_one_of_all_shar
     monkeypatch.setattr(lane_module, "MAX_LOST_IN_A_ROW", 20)
     seen = Seen(tokenizer)
     with make_loader(data, tokenizer) as loader:
-        loader.set_aside(loader.state, {f"{n}.tar": 2000 for n in range(SHARDS - 1)})
+        loader.quarantine(loader.state, {f"{n}.tar": 2000 for n in range(SHARDS - 1)})
         while len(seen.used) < EACH:
             seen.add(next(loader))
         assert set(seen.used) == ids(SHARDS - 1) and len(seen.losses) > 1000
-        loader.set_aside(loader.state, {f"{SHARDS - 1}.tar": EACH})
+        loader.quarantine(loader.state, {f"{SHARDS - 1}.tar": EACH})
         with pytest.raises(DataError, match=r"data.train: all shards of source 0 are in quarantine"):
             next(loader)
 

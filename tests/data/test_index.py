@@ -82,9 +82,7 @@ def test_samples_left_out_are_counted_and_named(tmp_path: Path) -> None:
     assert index.incomplete == [("a", "no caption"), ("b", "no picture"), ("d", "no picture and no caption")]
     assert index.duplicates == ["a", "00001"]
     catalog = Catalog(DataSet([Source("0", [str(path)])]), Storage())
-    assert [name for name, _ in catalog.sample(0, 0, 0).left_out] == [
-        f"a.tar#{key}" for key in ("a", "b", "d", "a", "00001")
-    ]
+    assert [name for name, _ in catalog.sample(0, 0, 0).lost] == [f"a.tar#{key}" for key in ("a", "b", "d", "a", "00001")]
 
 
 def test_a_tar_without_a_whole_sample_is_refused(tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def test_data_of_which_nothing_can_be_used_stops_the_run(
 ) -> None:
     monkeypatch.setattr(lane_module, "MAX_LOST_IN_A_ROW", 50)
     spoilt = make_set(tmp_path, [5], {n: b"" for n in range(5)})
-    with pytest.raises(DataError, match=r"image: empty; it is number 50 in a row that cannot be used"):
+    with pytest.raises(DataError, match=r"image: empty; 50 samples in a row cannot be used"):
         next(loader(spoilt, tokenizer, 0, 1, 8, 0))
 
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.sources.columns import Names
-from data_tools.sources.recognise import open_source
+from data_tools.sources.detect import open_source
 from megamoe.core.errors import DataError
 from megamoe.data.shards.index import build_index, learn_index
 from tests.data.shard_factory import jpeg

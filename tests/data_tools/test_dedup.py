@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from data_tools.similar.near import first_near
+from data_tools.similar.hamming import first_near
 from data_tools.similar.perceptual import perceptual_hash
 from megamoe.core.errors import DataError, UserError
 from tests.data_tools.shaping import Members, full_sample, make_shards, outcome, photo, read_folder, read_tar, run

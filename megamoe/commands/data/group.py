@@ -1,4 +1,4 @@
-"""The `megamoe data` verbs."""
+"""Collect the verbs of `megamoe data` in one command group."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megamoe.commands.data.validate import validate
 
 @click.group()
 def data() -> None:
-    """Make, check and keep image-text shards."""
+    """Build, check and maintain image-text shards."""
 
 
 for command in (build, synth, tokenizer, index, validate, repair, stats, checksum, filter_, dedup, split, reshard):

@@ -59,23 +59,23 @@ class Stats:
     shards: int = 0
     bytes: int = 0
     samples: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
     damaged: list[str] = field(default_factory=list)  # shards: only what lies before the damage is counted
     formats: Counter[str] = field(default_factory=Counter)
     extensions: Counter[str] = field(default_factory=Counter)
     numbers: dict[str, Sketch] = field(default_factory=dict)
     columns: dict[str, Sketch] = field(default_factory=dict)
     not_finite: Counter[str] = field(default_factory=Counter)
-    columns_left_out: bool = False
+    more_columns: bool = False
     words: Counter[str] = field(default_factory=Counter)
-    words_dropped: bool = False
+    words_are_lower_bounds: bool = False
     shown: list[Shown] = field(default_factory=list)
 
     def merge(self, other: Stats, sample: int) -> None:
         """Add ``other``; of the samples to show as many stay as ``sample`` needs."""
         for name in ("shards", "bytes", "samples"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("left_out", "formats", "extensions", "not_finite", "words"):
+        for name in ("lost", "formats", "extensions", "not_finite", "words"):
             getattr(self, name).update(getattr(other, name))
         self.damaged += other.damaged
         for name, sketch in other.numbers.items():
@@ -84,17 +84,17 @@ class Stats:
             if name in self.columns or len(self.columns) < MAX_COLUMNS:
                 self.columns.setdefault(name, Sketch()).merge(sketch)
             else:
-                self.columns_left_out = True
-        self.columns_left_out = self.columns_left_out or other.columns_left_out
-        self.words_dropped = self.words_dropped or other.words_dropped
-        self.drop_rare_words()
+                self.more_columns = True
+        self.more_columns = self.more_columns or other.more_columns
+        self.words_are_lower_bounds = self.words_are_lower_bounds or other.words_are_lower_bounds
+        self.prune_rare_words()
         self.shown = nsmallest(_SPARE * sample, self.shown + other.shown)
 
-    def drop_rare_words(self) -> None:
+    def prune_rare_words(self) -> None:
         """Keep the words within their bounds."""
         if len(self.words) > MAX_WORDS:
             self.words = Counter(dict(ranked(self.words, MAX_WORDS // 2)))
-            self.words_dropped = True
+            self.words_are_lower_bounds = True
 
     def as_json(self) -> dict[str, Any]:
         """``stats.json``; the same shards give the same."""
@@ -102,16 +102,16 @@ class Stats:
             "shards": self.shards,
             "bytes": self.bytes,
             "samples": self.samples,
-            "left_out": dict(ranked(self.left_out)),
+            "left_out": dict(ranked(self.lost)),
             "damaged_shards": self.damaged,
             "formats": dict(ranked(self.formats)),
             "extensions": dict(ranked(self.extensions)),
             **{name: sketch.as_json() for name, sketch in self.numbers.items()},
             "json": {name: sketch.as_json() for name, sketch in sorted(self.columns.items())},
             "json_not_finite": dict(ranked(self.not_finite)),
-            "json_columns_left_out": self.columns_left_out,
+            "json_columns_left_out": self.more_columns,
             "words": dict(ranked(self.words, 200)),
-            "words_are_lower_bounds": self.words_dropped,
+            "words_are_lower_bounds": self.words_are_lower_bounds,
         }
 
 
@@ -161,7 +161,7 @@ def shard_stats(job: Job) -> Stats:
             for key, members in groups(walk(job.shard, file, state.st_size)):
                 _count_names(stats.extensions, members)
                 if key in seen:
-                    stats.left_out[DUPLICATE] += 1
+                    stats.lost[DUPLICATE] += 1
                     continue
                 seen.add(key)
                 _add(stats, job, file, key, members)
@@ -203,7 +203,7 @@ def _add(stats: Stats, job: Job, file: BinaryIO, key: str, members: dict[str, Me
         cause = PICTURE
         kind, width, height = _size(file, members[image])
     except CorruptSample:
-        stats.left_out[cause] += 1
+        stats.lost[cause] += 1
         return
     stats.samples += 1
     stats.formats[kind] += 1
@@ -220,7 +220,7 @@ def _add(stats: Stats, job: Job, file: BinaryIO, key: str, members: dict[str, Me
         stats.numbers.setdefault(name, Sketch()).add(value)
     _add_columns(stats, record)
     stats.words.update(word.lower()[:_LONGEST_WORD] for word in _WORD.findall(caption))
-    stats.drop_rare_words()
+    stats.prune_rare_words()
     if job.sample:
         name = f"{job.label}#{key}"
         draw = int.from_bytes(blake2b(os.fsencode(name), digest_size=8).digest(), "big")
@@ -239,7 +239,7 @@ def _add_columns(stats: Stats, record: dict[str, Any]) -> None:
             number = math.inf
         name = name[:MAX_NAME]
         if name not in stats.columns and len(stats.columns) >= MAX_COLUMNS:
-            stats.columns_left_out = True
+            stats.more_columns = True
         elif math.isfinite(number):
             stats.columns.setdefault(name, Sketch()).add(number)
         else:

@@ -24,7 +24,7 @@ Row = list[str] | str  # the fields of a CSV row; the line of a JSONL or txt fil
 
 
 @dataclass(frozen=True)
-class LinesChunk:
+class TextTableChunk:
     """``samples`` rows of a text table from byte ``offset`` on; ``first`` is the number of the first, from 1."""
 
     path: Path
@@ -71,7 +71,7 @@ def read_header(path: Path, kind: str) -> tuple[str, ...]:
     return header
 
 
-def cut(path: Path, kind: str, header: tuple[str, ...], columns: Columns, shard_size: int) -> Iterator[LinesChunk]:
+def cut(path: Path, kind: str, header: tuple[str, ...], columns: Columns, shard_size: int) -> Iterator[TextTableChunk]:
     """Go through the table once and say where each shard's rows begin.
 
     Raises:
@@ -85,10 +85,10 @@ def cut(path: Path, kind: str, header: tuple[str, ...], columns: Columns, shard_
         start, first, number = lines.at, 1, 0
         for number, _ in enumerate(rows, 1):
             if number - first + 1 == shard_size:
-                yield LinesChunk(path, kind, header, columns, start, first, shard_size)
+                yield TextTableChunk(path, kind, header, columns, start, first, shard_size)
                 start, first = lines.at, number + 1
         if number >= first:
-            yield LinesChunk(path, kind, header, columns, start, first, number - first + 1)
+            yield TextTableChunk(path, kind, header, columns, start, first, number - first + 1)
 
 
 class _Lines:
@@ -121,7 +121,7 @@ def _rows(path: Path, lines: _Lines, kind: str) -> Iterator[Row]:
         ) from error
 
 
-def _parse(row: Row, chunk: LinesChunk) -> dict[str, Any]:
+def _parse(row: Row, chunk: TextTableChunk) -> dict[str, Any]:
     if chunk.kind == "txt":
         return {"url": _utf8(str(row))}
     if isinstance(row, str):

@@ -9,8 +9,8 @@ from pathlib import Path
 from data_tools.sources.columns import Columns, Names, choose_columns
 from data_tools.sources.folder import open_folder
 from data_tools.sources.item import FORMATS, Chunk, Source
-from data_tools.sources.lines import cut, read_header
 from data_tools.sources.parquet import cut_parquet, parquet_header
+from data_tools.sources.text_table import cut, read_header
 from megamoe.core.errors import DataError
 from megamoe.data.shards.index import IMAGE_EXTENSIONS
 
@@ -31,7 +31,7 @@ def open_source(path: Path, shard_size: int, names: Names, input_format: str | N
     """
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; check the path")
-    kind, tables = _recognise(path, input_format)
+    kind, tables = _detect(path, input_format)
     if kind == "folder":
         source = open_folder(path, shard_size, captions=names.captions)
     else:
@@ -44,9 +44,9 @@ def open_source(path: Path, shard_size: int, names: Names, input_format: str | N
     return source
 
 
-def _recognise(path: Path, input_format: str | None) -> tuple[str, list[Path]]:
+def _detect(path: Path, input_format: str | None) -> tuple[str, list[Path]]:
     if path.is_dir():
-        return _recognise_folder(path, input_format)
+        return _detect_folder(path, input_format)
     if input_format == "folder":
         raise DataError(f"{path}: --input-format folder, but it is a file; name the folder")
     kind = input_format or _kind(path)
@@ -60,7 +60,7 @@ def _recognise(path: Path, input_format: str | None) -> tuple[str, list[Path]]:
     return kind, [path]
 
 
-def _recognise_folder(path: Path, input_format: str | None) -> tuple[str, list[Path]]:
+def _detect_folder(path: Path, input_format: str | None) -> tuple[str, list[Path]]:
     files = sorted(each for each in path.iterdir() if each.is_file() and not each.name.startswith("."))
     if input_format not in (None, "folder"):
         tables = [each for each in files if _kind(each) == input_format]

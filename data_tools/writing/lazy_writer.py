@@ -10,7 +10,7 @@ from data_tools.writing.account import Account
 from data_tools.writing.records import Record, ShardWriter
 
 
-class LateWriter:
+class LazyWriter:
     """A :class:`ShardWriter` that makes no file if nothing is written: an empty tar is an error to readers of shards.
 
     ``path`` may be None: then samples are only counted, as a dry run does.
@@ -22,7 +22,7 @@ class LateWriter:
         self._writer: ShardWriter | None = None
         self._stack = ExitStack()
 
-    def __enter__(self) -> LateWriter:
+    def __enter__(self) -> LazyWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
