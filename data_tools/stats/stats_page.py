@@ -1,4 +1,4 @@
-"""The figures of shards as one HTML page that needs nothing but itself, in the style of the page of a run."""
+"""Show the statistics of shards as one self-contained HTML page, in the style of the page of a run."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from megamoe.report.figures import GRID, SERIES, as_svg, house_style, new_figure
 from megamoe.report.html_page import Chart, render_page
 
 WORDS = 30
-_SIDE = 320  # pixels: sharp on screens that have two for each
+_SIDE = 320  # pixels: twice the size shown, so that pictures are sharp on high-density screens
 _NUMBERS = {
-    "width": ("Width", "Pixels, as the header says."),
-    "height": ("Height", "Pixels, as the header says."),
+    "width": ("Width", "In pixels, from the header of the picture."),
+    "height": ("Height", "In pixels, from the header of the picture."),
     "aspect": ("Aspect", "Width over height; pictures are resized to a square."),
-    "image_bytes": ("Bytes per picture", "The file as it lies in the shard."),
-    "caption_characters": ("Characters per caption", "White space around it is not counted."),
-    "caption_tokens": ("Tokens per caption", "By the given vocabulary, no end of sequence."),
+    "image_bytes": ("Bytes per picture", "Size of the file in the shard."),
+    "caption_characters": ("Characters per caption", "Surrounding white space is not counted."),
+    "caption_tokens": ("Tokens per caption", "With the given vocabulary, without end of sequence."),
 }
 _COLUMNS = {
     "similarity": "CLIP similarity of picture and caption.",
     "punsafe": "Probability that the picture is unsafe.",
     "pwatermark": "Probability of a watermark.",
     "aesthetic": "Predicted aesthetic score.",
-    "original_width": "Pixels before the picture was resized.",
-    "original_height": "Pixels before the picture was resized.",
+    "original_width": "In pixels, before the picture was resized.",
+    "original_height": "In pixels, before the picture was resized.",
 }
-# English words that carry grammar: they would be the whole chart
+# English function words, which would fill the whole chart
 _COMMON = """
 a an and are as at be been but by for from has have he her his i in is it its my not of on or our she so that the their
 them they this to up was we were what when which who will with you your s t
@@ -51,7 +51,7 @@ them they this to up was we were what when which who will with you your s t
 
 
 class Picture(NamedTuple):
-    """A sample as it is shown: data of a WebP, true size."""
+    """A sample on the page: its WebP in base64 and the size of the original picture."""
 
     id: str
     caption: str
@@ -73,7 +73,7 @@ def write_stats(stats: Stats, out: Path, name: str, sample: int) -> list[Path]:
 
 
 def render(stats: Stats, name: str, sample: int) -> str:
-    """The page as text."""
+    """Render the page."""
     common = set(_COMMON.split())
     words = [(word, count) for word, count in ranked(stats.words) if word not in common][:WORDS]
     return render_page(
@@ -93,7 +93,7 @@ def render(stats: Stats, name: str, sample: int) -> str:
 
 
 def _ordered(columns: dict[str, Sketch]) -> list[str]:
-    """Those that say what a sample is worth first, then by name."""
+    """Order the columns: those that rate a sample first, then the others by name."""
     known = [key for key in _COLUMNS if _has(columns, key)]
     return known + sorted(key for key in columns if key not in known and _has(columns, key))
 
@@ -118,7 +118,7 @@ def _facts(stats: Stats) -> list[tuple[str, str]]:
     formats = [f"{kind} {count / stats.samples:.1%}" for kind, count in ranked(stats.formats)]
     extensions = [f"{ext} {count:,}" for ext, count in ranked(stats.extensions, 8)]
     lost = [f"{count:,} {cause}" for cause, count in ranked(stats.lost)]
-    facts = [("formats", formats), ("members", extensions), ("samples left out", lost or ["none"])]
+    facts = [("formats", formats), ("members", extensions), ("samples lost", lost or ["none"])]
     return [(label, ", ".join(values)) for label, values in facts if values]
 
 
@@ -130,8 +130,8 @@ def _column_hint(stats: Stats, key: str) -> str:
 
 
 def _chart(title: str, hint: str, sketch: Sketch) -> Chart:
-    quantiles = [("min", sketch.least), *((f"{share:.0%}", sketch.quantile(share)) for share in (0.05, 0.5, 0.95))]
-    shown = [*quantiles, ("max", sketch.most), ("mean", sketch.mean)]
+    inner = ((f"{share:.0%}", sketch.quantile(share)) for share in (0.05, 0.5, 0.95))
+    shown = [("min", sketch.least), *inner, ("max", sketch.most), ("mean", sketch.mean)]
     skewed = sketch.is_skewed()
     hint = f"{hint} Logarithmic." if skewed else hint
     quantiles = [(label, _number(value)) for label, value in shown]
@@ -141,7 +141,7 @@ def _chart(title: str, hint: str, sketch: Sketch) -> Chart:
 def _histogram(sketch: Sketch, skewed: bool) -> Markup:
     edges, counts = sketch.histogram()
     few = len(counts) <= 16 and sketch.whole
-    if edges[0] == edges[-1]:  # all equal: a bar in the middle of the axis
+    if edges[0] == edges[-1]:  # all values equal: a bar in the middle of the axis
         edges, few = edges + np.array([-0.5, 0.5]), True
     figure, canvas = new_figure(height=1.9)
     with house_style():
@@ -180,7 +180,7 @@ def _pictures(shown: Sequence[Shown], sample: int) -> list[Picture]:
         try:
             if member.size <= MAX_MEMBER:
                 pictures.append(_picture(name, caption, bytes(storage.read(str(shard), [Extent(*member[1:])])[0])))
-        except (CorruptSample, DataError):  # there are spare ones; `validate` names the damaged ones
+        except (CorruptSample, DataError):  # spare pictures take its place; `validate` names the damaged ones
             continue
     storage.close()
     return pictures
@@ -194,7 +194,7 @@ def _picture(name: str, caption: str, data: bytes) -> Picture:
         with Image.open(io.BytesIO(data), formats=[kind]) as image:
             image.draft("RGB", (_SIDE, _SIDE))
             small = ImageOps.exif_transpose(image).convert("RGBA")
-    except Exception as error:  # decoders answer bad bytes with errors of every type
+    except Exception as error:  # decoders raise errors of every type for bad bytes
         raise CorruptSample("image: damaged") from error
     small.thumbnail((_SIDE, _SIDE))
     canvas = Image.new("RGBA", small.size, "white")
@@ -218,5 +218,5 @@ def _bytes(count: float) -> str:
 
 
 def summary(stats: Stats) -> dict[str, Any]:
-    """The tiles and facts of the page, for the terminal."""
+    """Return the tiles and facts of the page, for the terminal."""
     return dict(_tiles(stats) + _facts(stats))

@@ -1,4 +1,4 @@
-"""`megamoe data filter`: the samples of a set that satisfy conditions, one output shard per input shard."""
+"""Keep the samples of a set that satisfy conditions, one output shard per input shard: `megamoe data filter`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def filter_shards(
 ) -> Account:
     """Write the samples of the shards ``spec`` that satisfy ``conditions`` to shards of the same names in ``out``.
 
-    A sample is counted under the first condition that it fails. Shards that no sample is left of are not written.
+    A dropped sample is counted under the first condition that it fails. Shards without any kept sample are not written.
 
     Raises:
         UserError: no condition is given.

@@ -340,7 +340,7 @@ def test_a_state_that_lags_behind_its_loader_is_refused(shards: Path) -> None:
 # --- what cannot be read
 
 
-def test_a_cut_shard_raises_or_is_left_out_by_the_handler(shards: Path, tmp_path: Path) -> None:
+def test_a_cut_shard_raises_or_is_quarantined_by_the_handler(shards: Path, tmp_path: Path) -> None:
     names = [str(write_tar(tmp_path / f"{n}.tar", [m for i in range(9) for m in sample(n * 9 + i)])) for n in range(3)]
     Path(names[1]).write_bytes(Path(names[1]).read_bytes()[:5000])
     with pytest.raises(BadShard, match=r"1\.tar: truncated at byte 5000"):
@@ -369,7 +369,7 @@ def test_a_shard_that_is_gone_keeps_its_places_and_its_samples_are_counted(shard
     assert data[0].state_dict()["data"]["quarantine"] == {"2.tar": 9}
 
 
-def test_a_shard_that_nobody_counted_is_left_out_by_a_single_reader_only(shards: Path, tmp_path: Path) -> None:
+def test_a_shard_that_nobody_counted_is_quarantined_by_a_single_reader_only(shards: Path, tmp_path: Path) -> None:
     names = [str(write_tar(tmp_path / f"{n}.tar", [m for i in range(9) for m in sample(n * 9 + i)])) for n in range(3)]
     alone = make(names, epochs=1, handler=wds.ignore_and_continue)
     one_of_two = make(names, epochs=1, handler=wds.ignore_and_continue, rank=0, world_size=2)

@@ -214,7 +214,7 @@ def test_one_key_in_many_shards_is_as_many_samples(tmp_path: Path, tokenizer: To
     assert not seen.lost
 
 
-def test_samples_left_out_are_counted_once_an_epoch_and_evenly(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_unusable_samples_are_counted_as_lost_once_an_epoch_and_evenly(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Else the first samples of a shard would stop a run whose share of losses is far below data.max_corrupt."""
     stray = [[(f"stray{n}.jpg", picture(n))] for n in range(20)]
     data = one_shard(tmp_path, *[pair(n) for n in range(100, 180)], *stray)

@@ -1,4 +1,4 @@
-"""Shards that are damaged, replaced or not to be had, through the loader: named with the reason, and left out whole."""
+"""Shards that are damaged, replaced or not to be had, through the loader: named with the reason, and quarantined whole."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_a_page_in_place_of_a_tar_does_not_stay_in_the_cache(
     ],
     ids=["404", "503", "cut", "cut-without-length"],
 )
-def test_a_shard_that_cannot_be_had_is_left_out_whole(
+def test_a_shard_that_is_not_available_is_quarantined_whole(
     server: ShardServer, remote: DataSet, cache: ShardCache, tokenizer: Tokenizer, answers: list[Any], reason: str
 ) -> None:
     server.answers[f"/{BAD}.tar"] = answers

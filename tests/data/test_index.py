@@ -1,4 +1,4 @@
-"""Indexes: what is a sample, what is left out and named, and when an index is too old to be trusted."""
+"""Indexes: what is a sample, what is lost and named, and when an index is too old to be trusted."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_json_serves_as_caption_where_there_is_no_txt(tmp_path: Path) -> None:
     assert index.incomplete == [("b", "no caption")]
 
 
-def test_samples_left_out_are_counted_and_named(tmp_path: Path) -> None:
+def test_lost_samples_are_counted_and_named(tmp_path: Path) -> None:
     members = [("a.jpg", b"1"), ("b.txt", b"x"), *sample(1), ("a.txt", b"x"), *sample(1), ("d.cls", b"0")]
     path = write_tar(tmp_path / "a.tar", members)
     learn_index(path, None)

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from megamoe.core.errors import DataError
-from megamoe.data.remote import download
 from megamoe.data.remote.cache import ShardCache
-from megamoe.data.remote.download import ShardUnavailable
+from megamoe.data.remote.download import ShardUnavailable, download
 from megamoe.data.remote.stream import Patience
 from megamoe.data.shards.expand import expand_shards
 from tests.data.test_cache import fetch

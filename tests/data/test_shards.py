@@ -118,7 +118,7 @@ def test_folders_and_globs_of_a_store_are_listed_in_order(bucket: str, spec: str
         ("s3://b/a.tar::s3://b/{a,c}.tar", "s3://b/a.tar: named twice"),
         ("https://u:hidden@h/a.tar?hidden::https://u:hidden@h/a.tar?hidden", "named twice"),
         ("http://host/folder/", "a web server cannot list its files; write http://host/path/"),
-        ("https://host/*.tar", "a web server cannot be asked"),
+        ("https://host/*.tar", "a web server cannot list its files"),
         ("pipe:", "the command is missing"),
         ("memory://nowhere/", "the folder holds no .tar file"),
         ("memory://nowhere/*.tar", "no object matches"),

@@ -153,7 +153,7 @@ def test_columns_are_found_by_name_or_said(tmp_path: Path) -> None:
     (tmp_path / "t.tsv").write_text("image\tsize\n1.jpg\t3\n")
     assert "no column of captions; name it with --caption-col" in str(build(tmp_path / "t.tsv", tmp_path / "b").exception)
     (tmp_path / "u.csv").write_text("caption,caption,url\n")
-    assert "column 'caption' comes twice" in str(build(tmp_path / "u.csv", tmp_path / "b").exception)
+    assert "column 'caption' repeats" in str(build(tmp_path / "u.csv", tmp_path / "b").exception)
 
 
 def test_parquet_with_pictures_inside_as_hugging_face_writes_it(tmp_path: Path) -> None:

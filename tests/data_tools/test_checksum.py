@@ -90,7 +90,7 @@ def test_a_sum_that_changed_is_said_so(folder: Path) -> None:
     run(folder, "--write")
     (folder / "00001.tar").write_bytes(b"new")
     result = run(folder, "--write")
-    assert result.exit_code == 0 and f"{folder}/00001.tar: its sum is not the one" in result.stdout
+    assert result.exit_code == 0 and f"{folder}/00001.tar: its sum differs from the one" in result.stdout
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ def test_a_shard_that_cannot_be_used_is_named_with_its_reason_and_the_others_go_
     assert reason in result.stderr and len(indexes(shards)) == 5
 
 
-def test_samples_left_out_are_named_once_and_a_long_list_is_cut(shards: Path) -> None:
+def test_lost_samples_are_named_once_and_a_long_list_is_cut(shards: Path) -> None:
     write_tar(shards / "00005.tar", [*sample(0), *((f"alone-{n:02d}.jpg", b"1") for n in range(25))])
     said = index(shards).stderr
     assert f"shard {shards}/00002.tar: 1 samples lost (x: no caption)\n" in said

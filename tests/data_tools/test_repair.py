@@ -253,7 +253,7 @@ def test_a_picture_that_comes_again_alone_takes_no_caption_from_elsewhere(tmp_pa
     assert entry["ranges"] == [[0, 512 + len(picture[1])]]
 
 
-def test_what_cannot_be_decoded_is_left_out_unless_told_otherwise(tmp_path: Path) -> None:
+def test_what_cannot_be_decoded_is_lost_unless_told_otherwise(tmp_path: Path) -> None:
     broken = bytearray(jpeg(1))
     del broken[-20:]
     content = [*sample(0), *sample(1, bytes(broken)), ("00002.jpg", jpeg(2)), ("00002.txt", b"\xff\xfe"), *sample(3)]
@@ -264,7 +264,7 @@ def test_what_cannot_be_decoded_is_left_out_unless_told_otherwise(tmp_path: Path
     assert result.exit_code == 0 and "1 copied; 4 samples saved" in result.output and not lost(tmp_path)
 
 
-def test_a_damaged_json_is_left_out_and_its_sample_saved(tmp_path: Path) -> None:
+def test_a_damaged_json_is_lost_and_its_sample_saved(tmp_path: Path) -> None:
     shard(tmp_path, [*sample(0), ("00000.json", b'{"caption": '), *sample(1)])
     assert repair(tmp_path).exit_code == 1 and saved(tmp_path) == keys(0, 1)
     assert [(entry["key"], entry["cause"]) for entry in lost(tmp_path)] == [("00000", "damaged json")]

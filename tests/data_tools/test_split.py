@@ -71,7 +71,7 @@ def test_nothing_and_everything_can_be_held_out() -> None:
 @pytest.mark.parametrize(
     ("names", "shares", "message"),
     [
-        ("train,train", "0.5,0.5", "a name comes twice"),
+        ("train,train", "0.5,0.5", "a name repeats"),
         ("train,../x", "0.5,0.5", "names a folder"),
         ("..,x", "0.5,0.5", "names a folder"),
         ("train,validation", "0.5", "1 for 2 names"),

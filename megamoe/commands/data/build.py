@@ -1,4 +1,4 @@
-"""`megamoe data build`."""
+"""Define `megamoe data build`: its arguments, options and printed output."""
 
 from __future__ import annotations
 

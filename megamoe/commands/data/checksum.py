@@ -1,4 +1,4 @@
-"""`megamoe data checksum`."""
+"""Define `megamoe data checksum`: its arguments, options and printed output."""
 
 from __future__ import annotations
 

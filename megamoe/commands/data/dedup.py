@@ -1,4 +1,4 @@
-"""`megamoe data dedup`."""
+"""Define `megamoe data dedup`: its arguments, options and printed output."""
 
 from __future__ import annotations
 

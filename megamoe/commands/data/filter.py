@@ -1,4 +1,4 @@
-"""`megamoe data filter`."""
+"""Define `megamoe data filter`: its arguments, options and printed output."""
 
 from __future__ import annotations
 

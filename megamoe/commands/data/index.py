@@ -1,4 +1,4 @@
-"""`megamoe data index`."""
+"""Define `megamoe data index`: its arguments, options and printed output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megamoe data repair`."""
+"""Define `megamoe data repair`: its arguments, options and printed output."""
 
 from __future__ import annotations
 

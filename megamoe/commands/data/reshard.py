@@ -1,4 +1,4 @@
-"""`megamoe data reshard`."""
+"""Define `megamoe data reshard`: its arguments, options and printed output."""
 
 from __future__ import annotations
 

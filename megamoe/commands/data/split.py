@@ -1,4 +1,4 @@
-"""`megamoe data split`."""
+"""Define `megamoe data split`: its arguments, options and printed output."""
 
 from __future__ import annotations
 

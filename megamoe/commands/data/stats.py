@@ -1,4 +1,4 @@
-"""`megamoe data stats`."""
+"""Define `megamoe data stats`: its arguments, options and printed output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megamoe data synth`."""
+"""Define `megamoe data synth`: its arguments, options and printed output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megamoe data tokenizer`."""
+"""Define `megamoe data tokenizer`: its arguments, options and printed output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megamoe data validate`."""
+"""Define `megamoe data validate`: its arguments, options and printed output."""
 
 from __future__ import annotations
 

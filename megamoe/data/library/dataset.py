@@ -133,9 +133,8 @@ class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
             progress = self._progress = progress.next_pass()
         progress.taken, progress.lost = progress.whole, Counter(progress.lost_before)
         storage = Storage(self._cache)
-        data = self._data.with_quarantine(
-            progress.quarantine
-        )  # the same dict: a shard is out of use as soon as it is quarantined
+        # The same dict: a shard is out of use as soon as it is quarantined.
+        data = self._data.with_quarantine(progress.quarantine)
         catalog = Catalog(data, storage)
         order = self._running = SampleOrder(
             [len(source.shards) for source in data.sources],

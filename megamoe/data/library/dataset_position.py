@@ -84,9 +84,8 @@ class Progress:
         """Return this progress for ``share`` to continue."""
         if self.share == share:
             return self
-        lost = (
-            Counter(self.lost_before) if share.worker == 0 else Counter[str]()
-        )  # else each worker would report them again
+        # Else each worker would report them again.
+        lost = Counter(self.lost_before) if share.worker == 0 else Counter[str]()
         return Progress(self.position, self.anchors, dict(self.quarantine), share, lost=lost, lost_before=Counter(lost))
 
     def next_pass(self) -> Progress:

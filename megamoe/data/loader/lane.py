@@ -110,9 +110,8 @@ class LanePacker:
                 name = located.id if located else f"{self._catalog.label(source, ref.shard)}#sample {ref.sample}"
                 lost.append(LostSample(self.lane, name, str(corrupt)))
                 counters[source, f"lost_{str(corrupt).partition(':')[0]}"] += 1
-                in_a_row += not isinstance(
-                    corrupt, InQuarantine
-                )  # quarantined samples come in long runs, and others follow
+                # Quarantined samples come in long runs, and others follow.
+                in_a_row += not isinstance(corrupt, InQuarantine)
                 if in_a_row == MAX_LOST_IN_A_ROW:
                     raise DataError(
                         f"sample {name}: {corrupt}; {in_a_row} samples in a row cannot be used; check the shards"

@@ -150,9 +150,8 @@ class Catalog:
         """
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         files = MOST_FILES if files == resource.RLIM_INFINITY else files
-        self._limit = self._storage.limit = max(
-            1, min(max(shards, _KEPT), files // 4)
-        )  # two files each, and half of the limit for others
+        # Two files each, and half of the limit for others.
+        self._limit = self._storage.limit = max(1, min(max(shards, _KEPT), files // 4))
 
     def label(self, source: int, shard: int) -> str:
         """Return the shard's name in sample ids: see :class:`megamoe.data.shards.labels.ShardLabels`."""

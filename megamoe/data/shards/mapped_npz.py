@@ -28,9 +28,8 @@ def map_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         for member in archive.infolist():
-            lengths = struct.unpack_from(
-                "<HH", whole, member.header_offset + 26
-            )  # lengths of the name and of the extra field before the data
+            # Lengths of the name and of the extra field before the data.
+            lengths = struct.unpack_from("<HH", whole, member.header_offset + 26)
             start = member.header_offset + 30 + sum(lengths)
             content = whole[start : start + member.file_size]
             if member.compress_type != zipfile.ZIP_STORED or zlib.crc32(content) != member.CRC:
