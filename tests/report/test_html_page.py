@@ -21,7 +21,9 @@ def test_the_page_of_a_run_and_the_page_of_a_data_set_have_one_frame_and_style(t
     assert "--series-1" in frame and ".tiles dd" in frame
     style = frame[frame.index("<style>") :]
     assert run.startswith("<!doctype html>\n") and data.startswith("<!doctype html>\n")
-    assert style in data and "<title>shapes - MegaMoE data</title>" in data and "<title>night-run - MegaMoE run</title>" in run
+    assert (
+        style in data and "<title>shapes - MegaMoE data</title>" in data and "<title>night-run - MegaMoE run</title>" in run
+    )
 
 
 def test_values_are_escaped_and_none_may_be_missing() -> None:

@@ -31,7 +31,7 @@ _DISALLOWED = "noai,noimageai,noindex,noimageindex"
     type=click.Choice(_MODES),
     default="no",
     show_default=True,
-    help="Resize the pictures; with no, their bytes are kept unchanged.",
+    help='Resize the pictures as img2dataset does; "no" keeps their bytes.',
 )
 @click.option(
     "--image-size", type=click.IntRange(1, 8192), default=256, show_default=True, help="Size of resized pictures in pixels."

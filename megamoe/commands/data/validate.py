@@ -24,7 +24,7 @@ _NAMED = 3  # problems of each cause named per shard; the report file has all
 def validate(
     ctx: click.Context, shards: str, decode: bool, report: Path | None, processes: int | None, as_json: bool
 ) -> None:
-    """Check each sample of SHARDS: whole tars, pictures, captions, keys, indexes.
+    """Check SHARDS for damage: tars, pictures, captions, keys and indexes.
 
     The exit status is 1 if anything is wrong.
     """
