@@ -56,7 +56,7 @@ def keys(samples: Any) -> list[str]:
 
 
 def batches(dataset: ShardDataset, size: int | None = None) -> Any:
-    """A pipeline that gives lists of keys."""
+    """Make a pipeline that yields lists of keys."""
     return dataset.map(lambda each: each["__key__"]).batched(size or dataset.micro_batch, collation_fn=list)
 
 
@@ -172,7 +172,7 @@ def test_held_out_keys_never_come_and_all_others_do(shards: Path) -> None:
     rounds=st.integers(0, 9),
 )
 def test_shares_tile_the_line_whatever_the_layout(began: int, ranks: int, workers: int, batch: int, rounds: int) -> None:
-    """After ``rounds`` batches of each rank, taken from its workers in turn, nothing is missing, twice, or said wrong."""
+    """After ``rounds`` batches of each rank, taken from its workers in turn, no position is missing or repeated."""
     given, done = [], []
     for rank in range(ranks):
         for worker in range(workers):

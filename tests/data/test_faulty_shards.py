@@ -69,7 +69,7 @@ def ids(*shards: int) -> set[str]:
 
 
 def until_bad(loader: StepLoader, seen: Seen) -> BadShard:
-    """Steps until a shard cannot be used."""
+    """Take steps until a shard cannot be used."""
     for _ in range(3 * STEPS):
         try:
             seen.add(next(loader))
@@ -90,7 +90,7 @@ def cut(at: Callable[[bytes], int]) -> Callable[[Path], None]:
 
 
 def third_member(tar: bytes) -> int:
-    """Where the header of the third member begins."""
+    """Return where the header of the third member begins."""
     return tar.index(f"{BAD * EACH + 1:05d}.jpg".encode())
 
 

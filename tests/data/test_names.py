@@ -1,4 +1,4 @@
-"""Lists of names: compressed and found again, equal ones noticed, signatures of URLs of no account."""
+"""Lists of names: compressed and found again, repeated ones detected, signatures of URLs ignored."""
 
 from __future__ import annotations
 

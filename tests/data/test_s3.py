@@ -27,7 +27,7 @@ SHARD = bytes(range(256)) * 80_000  # 20 MB, three requests
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[Any]:
-    """A client for a server with a bucket ``laion``; the environment names the server, as users would."""
+    """Make a client for a server with a bucket ``laion``; the environment names the server, as for users."""
     server = moto_server.ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bucket() -> Iterator[str]:
-    """Objects in fsspec's store in memory; a real S3 server is asked in test_s3.py."""
+    """Put objects into fsspec's store in memory; test_s3.py uses a real S3 server."""
     store = fsspec.filesystem("memory")
     for name in ("00001.tar", "00000.tar", "00001.tar.idx", ".hidden.tar", "notes.txt", "below/00009.tar"):
         store.pipe(f"/shards/train/{name}", b"x")

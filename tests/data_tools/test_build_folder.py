@@ -1,4 +1,4 @@
-"""`megamoe data build` from a folder of pictures: keys, captions, pictures, going on after a kill."""
+"""`megamoe data build` from a folder of pictures: keys, captions, pictures, resuming after a kill."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from tests.data_tools.build_kit import build, members, metadata, rows, stats
 
 
 def table(folder: Path, count: int, caption: str = "TEXT") -> list[dict[str, Any]]:
-    """Pictures in ``folder``, and rows for them."""
+    """Make pictures in ``folder``, and rows for them."""
     (folder / "images").mkdir(parents=True)
     for n in range(count):
         (folder / f"images/{n}.jpg").write_bytes(jpeg(n))

@@ -1,4 +1,4 @@
-"""`megamoe data checksum`: what it writes is read by coreutils, and the other way round."""
+"""`megamoe data checksum`: coreutils read what it writes, and it reads what they write."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(*arguments: object) -> Result:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three files called shards; what is in them does not matter here."""
+    """Make three files named like shards; their content does not matter here."""
     folder = tmp_path / "set"
     folder.mkdir()
     for number in range(3):

@@ -61,7 +61,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a scheduler with two workers, each in a process of its own."""
+    """Start a scheduler with two workers, each in its own process, and return its address."""
     port = free_port()
     address = f"tcp://127.0.0.1:{port}"
     scheduler = start("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard")
@@ -230,7 +230,7 @@ signal.raise_signal(signal.SIGINT)"""
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """sbatch, scancel and squeue that run a batch script as a process group of this machine. No SLURM is involved."""
+    """Replace sbatch, scancel and squeue by scripts that run a batch script as a process group. No SLURM is involved."""
     folder = tmp_path / "slurm"
     folder.mkdir()
     scripts = {

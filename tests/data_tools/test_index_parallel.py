@@ -17,7 +17,7 @@ from tests.data.shard_factory import sample, write_tar
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Six shards of 3 to 8 samples; one sample of 00002.tar has no caption and one of 00003.tar comes twice."""
+    """Make six shards of 3 to 8 samples; one sample of 00002.tar has no caption and one of 00003.tar repeats."""
     folder = tmp_path / "shards"
     for n in range(6):
         members = [member for i in range(3 + n) for member in sample(100 * n + i)]

@@ -1,4 +1,4 @@
-"""`megamoe data reshard`: the same samples, cut anew."""
+"""`megamoe data reshard`: the same samples in other shards."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def frozen(samples: list[tuple[str, Members]]) -> Counter[tuple[str, tuple[tuple
 
 
 def small_shards(folder: Path, counts: list[int]) -> list[tuple[str, Members]]:
-    """Shards of small samples with members of many sizes; shards may be empty. Returns the samples in order."""
+    """Write shards of small samples with members of many sizes, and return the samples in order. Shards may be empty."""
     starts = [0, *accumulate(counts)]
     shards = [
         [

@@ -1,4 +1,4 @@
-"""`megamoe data split` and the rule that it shares with the trainer."""
+"""`megamoe data split` and the rule that it shares with training."""
 
 from __future__ import annotations
 
