@@ -83,7 +83,7 @@ def test_each_folder_gets_its_own_file_and_other_lines_stay(folder: Path, tmp_pa
     (folder / "notes.txt").write_bytes(b"")
     assert run(f"{folder}::{other}", "--write").exit_code == 0
     assert coreutils(folder).stdout.count("OK") == 4 and coreutils(other).returncode == 0
-    assert "; 1 other files listed were not read" in run(folder, "--verify").stdout
+    assert "; 1 other listed files were not read" in run(folder, "--verify").stdout
 
 
 def test_a_sum_that_changed_is_said_so(folder: Path) -> None:

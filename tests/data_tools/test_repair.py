@@ -350,7 +350,7 @@ def test_a_finished_shard_is_not_read_again_and_a_changed_one_is(tmp_path: Path)
 def test_a_source_is_never_written_over(tmp_path: Path) -> None:
     shard(tmp_path)
     result = run("repair", tmp_path / "in", tmp_path / "in")
-    assert isinstance(result.exception, DataError) and "a source is never changed" in str(result.exception)
+    assert isinstance(result.exception, DataError) and "which is never changed" in str(result.exception)
     write_tar(tmp_path / "more/00000.tar", members())
     result = run("repair", f"{tmp_path}/in::{tmp_path}/more", tmp_path / "out")
     assert isinstance(result.exception, DataError) and "has the name 00000" in str(result.exception)

@@ -196,7 +196,7 @@ def test_a_shard_that_changed_after_the_scan_gives_an_error_not_other_bytes(tmp_
 
 def test_a_source_without_whole_samples_is_refused(tmp_path: Path) -> None:
     result = run("reshard", make_shards(tmp_path / "s", [[]]), tmp_path / "o", "--shard-size", 2)
-    assert isinstance(result.exception, DataError) and "hold no whole sample" in str(result.exception)
+    assert isinstance(result.exception, DataError) and "hold no sample" in str(result.exception)
 
 
 @pytest.mark.parametrize(

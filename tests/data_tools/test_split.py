@@ -75,7 +75,7 @@ def test_nothing_and_everything_can_be_held_out() -> None:
         ("train,../x", "0.5,0.5", "names a folder"),
         ("..,x", "0.5,0.5", "names a folder"),
         ("train,validation", "0.5", "1 for 2 names"),
-        ("train,validation", "0.9,0.2", "together 1.1"),
+        ("train,validation", "0.9,0.2", "their sum is 1.1"),
         ("train,validation", "1,0", "each must be above 0"),
         ("train,validation", "most,0.1", "not numbers"),
     ],
