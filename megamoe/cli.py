@@ -33,7 +33,7 @@ _VERBS = {
     "launch": Verb("megamoe.commands.launch:launch", "Run on many nodes: submit to SLURM, follow, stop, resume."),
     "bench": Verb("megamoe.commands.bench:bench", "Measure this system beside its peers, in one run on this machine."),
     "demo": Verb("megamoe.commands.demo:demo", "Run all of it on a CPU in minutes, a killed worker included."),
-    "data": Verb("megamoe.commands.data.group:data", "Make, check and keep image-text shards."),
+    "data": Verb("megamoe.commands.data.group:data", "Build, check and maintain image-text shards."),
 }
 
 

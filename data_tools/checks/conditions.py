@@ -1,4 +1,4 @@
-"""What `megamoe data filter` asks of a sample, and the name under which a sample that fails is counted."""
+"""Judge samples for `megamoe data filter`, and name the condition under which a dropped sample is counted."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Where(NamedTuple):
 
 
 def parse_where(text: str) -> Where:
-    """Read ``COLUMN OP NUMBER``, OP one of >= <= == != > <.
+    """Parse ``COLUMN OP NUMBER``, where OP is one of >= <= == != > <.
 
     Raises:
-        UserError: it is not of that form, or the number is not finite.
+        UserError: the text does not have that form, or the number is not finite.
     """
     match = _WHERE.fullmatch(text)
     try:
@@ -58,17 +58,17 @@ def parse_where(text: str) -> Where:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a sample has to satisfy; None and empty ask nothing.
+    """The conditions on a sample; None and empty mean no condition.
 
     Attributes:
-        min_size: least shorter side of the picture in pixels.
-        max_size: greatest longer side in pixels.
-        max_aspect: greatest longer side over shorter side.
-        min_caption_length: least characters of the caption, white space around it not counted.
-        max_caption_length: greatest characters of it.
-        languages: codes of which the caption's language must be one.
+        min_size: minimum shorter side of the picture in pixels.
+        max_size: maximum longer side in pixels.
+        max_aspect: maximum ratio of the longer side to the shorter.
+        min_caption_length: minimum length of the caption in characters, without surrounding white space.
+        max_caption_length: maximum length of the caption.
+        languages: allowed languages of the caption, as codes.
         where: conditions on columns of the json.
-        keep_missing: whether a sample without such a number is kept.
+        keep_missing: whether a sample that lacks such a column is kept.
     """
 
     min_size: int | None = None
@@ -81,9 +81,9 @@ class Conditions:
     keep_missing: bool = False
 
     def judge(self, record: Record) -> tuple[str | None, list[str]]:
-        """The first condition that ``record`` fails (None if it fails none), and the columns that it lacks.
+        """Return the first condition that ``record`` fails (None if it satisfies all), and the columns that it lacks.
 
-        The order is: columns, picture, caption, language. What is cheap comes first.
+        The order is columns, picture, caption, language: the cheapest first.
         """
         cause, missing = self._column_cause(record)
         return cause or self._picture_cause(record) or self._caption_cause(record), missing
@@ -95,7 +95,7 @@ class Conditions:
         missing = []
         for where in self.where:
             value = columns.get(where.column)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or value != value:  # the last: NaN
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or value != value:  # not equal to itself: NaN
                 if not self.keep_missing:
                     return f"missing {where.column}", []
                 missing.append(where.column)
@@ -140,13 +140,13 @@ class Conditions:
 
 
 def picture_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height in pixels of a JPEG, PNG or WebP from its header; None if it has no such header."""
+    """Return width and height in pixels of a JPEG, PNG or WebP from its header; None if there is no such header."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decoded here
             with Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "WEBP"]) as image:
                 return (image.width, image.height) if min(image.size) > 0 else None
-    except Exception:  # Pillow answers bad bytes with errors of many types
+    except Exception:  # Pillow raises errors of many types for bad bytes
         return None
 
 

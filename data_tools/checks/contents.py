@@ -1,4 +1,4 @@
-"""What is right and wrong with the bytes of a member, and what the tools call it."""
+"""Check the bytes of a member, and define the names of what can be wrong with a sample."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ NO_PICTURE, NO_CAPTION, DUPLICATE = "no picture", "no caption", "duplicate key"
 PICTURE, CAPTION, JSON = "damaged picture", "damaged caption", "damaged json"
 EXTENSION = "wrong extension"
 
-MAX_MEMBER = 1 << 28  # bytes; a picture or text of more is not one, and would only fill the memory
+MAX_MEMBER = 1 << 28  # bytes; a larger member is no picture or text, and would only fill the memory
 CHECKED = IMAGE_EXTENSIONS + TEXT_EXTENSIONS
-_SIDE = 32  # every byte of a picture is decoded for any size; a small one saves the resize
+_SIDE = 32  # every byte is decoded at any size; a small size makes the resize cheap
 _KINDS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WebP"}
 
 
 def content_problem(ext: str, data: bytes, decode: bool) -> tuple[str, str] | None:
-    """Cause and detail of what is wrong with the bytes of one member, None if nothing is.
+    """Return cause and detail of what is wrong with the bytes of one member; None if nothing is.
 
-    Looks at pictures (``decode``: every byte of them, else the first ones), ``txt`` and ``json``; of other members
-    nothing is known.
+    Pictures (with ``decode`` every byte, else the first bytes), ``txt`` and ``json`` are checked; other members are not.
     """
     if ext in IMAGE_EXTENSIONS:
         kind = _kind(data)
@@ -47,7 +46,7 @@ def content_problem(ext: str, data: bytes, decode: bool) -> tuple[str, str] | No
 
 
 def json_caption(data: bytes) -> tuple[bool, str]:
-    """Whether a ``json`` member has a caption, and what is wrong with it ("" if nothing is)."""
+    """Return whether a ``json`` member has a caption, and what is wrong with the caption ("" if nothing is)."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError):
@@ -62,10 +61,10 @@ def json_caption(data: bytes) -> tuple[bool, str]:
 
 
 def read_member(file: BinaryIO, member: Member) -> bytes:
-    """The bytes of ``member``.
+    """Read the bytes of ``member``.
 
     Raises:
-        CorruptSample: more than ``MAX_MEMBER``.
+        CorruptSample: it is larger than ``MAX_MEMBER``.
     """
     if member.size > MAX_MEMBER:
         raise CorruptSample(f"{member.size} bytes, more than {MAX_MEMBER}")

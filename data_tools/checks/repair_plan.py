@@ -1,11 +1,11 @@
-"""Which samples of a damaged shard can be saved, and what is lost.
+"""Decide which samples of a damaged shard can be saved, and what is lost.
 
 A picture and a caption become a sample only if their names, in headers whose checksums are right, say the same key
-*and* they lie in one stretch of the tar without damage or an end between them (:mod:`.salvage`). What is on
-two sides of damage is never put together: in a joined file the same key may be another sample there. Within a stretch,
-members that are not adjacent are put together only if no extension of that key comes twice. A caption must fill its place
-in the tar exactly, and pictures are decoded to the last byte: both fail where blocks are missing without a damaged header.
-What no tar can show is a text that was replaced by one of the same length; ``megamoe data checksum`` can.
+*and* they lie in one stretch of the tar without damage or an end between them (:mod:`.salvage`). Members on two sides of
+damage are never combined: in a joined file the same key may name another sample there. Within a stretch, members that are
+not adjacent are combined only if no extension of that key repeats. A caption must fill its place in the tar exactly, and
+pictures are decoded to the last byte: both checks fail where blocks are missing without a damaged header. A text that was
+replaced by one of the same length cannot be detected from the tar; ``megamoe data checksum`` detects it.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ MAX_SAMPLE = 1 << 30  # bytes of a sample that is held in memory
 
 @dataclass(frozen=True)
 class Lost:
-    """Something of a shard that is not in the repaired one: whose (if known), where its bytes are, and why."""
+    """Something that is not in the repaired shard: its key if known, where its bytes are, and why it is lost."""
 
     key: str | None
-    ranges: list[tuple[int, int]]  # of the shard, the headers included; [start, end)
+    ranges: list[tuple[int, int]]  # byte ranges [start, end) in the shard, headers included
     cause: str
     reason: str
 
 
 class Candidate(NamedTuple):
-    """Members that may make a sample, by extension."""
+    """Members that may form a sample, by extension."""
 
     key: str
     members: dict[str, Member]
-    apart: bool  # put together from several places
+    apart: bool  # combined from several places
 
 
 @dataclass
@@ -59,8 +59,8 @@ class Plan:
 
     chosen: list[Candidate] = field(default_factory=list)
     lost: list[Lost] = field(default_factory=list)
-    changed: bool = False  # the chosen samples do not lie in the shard as they should
-    strays: list[Lost] = field(default_factory=list)  # lost only if the shard has to be written again
+    changed: bool = False  # the chosen samples do not lie properly in the shard
+    strays: list[Lost] = field(default_factory=list)  # lost only if the shard must be rewritten
 
     def lose(self, key: str | None, members: Sequence[Member], cause: str, reason: str) -> None:
         """Count ``members`` as lost."""
@@ -69,10 +69,10 @@ class Plan:
 
 
 def plan_repair(found: Salvage) -> Plan:
-    """Which members may make samples, from their names and places alone."""
+    """Decide which members may form samples, from their names and places alone."""
     plan = Plan(changed=found.parts > 1)
     for member in found.distrusted:
-        reason = "right after damage, and its true name may be lost with it"
+        reason = "right after damage, which may have destroyed its true name"
         plan.lose(_key(member.name), [member], DISTRUSTED, reason)
     by_start = {stretch.start: stretch for stretch in found.stretches}
     by_end = {_end(stretch): stretch for stretch in found.stretches}
@@ -106,16 +106,16 @@ def _plan_stretch(stretch: Stretch, plan: Plan) -> None:
         plan.changed = True
         doubtful = False
         for i, part in enumerate(parts):
-            # jpg jpg txt, all of one key: nothing tells whose caption that is
+            # jpg jpg txt, all with one key: it is unknown to which picture the caption belongs
             doubtful = i > 0 and own[i] == own[i - 1] + 1 and (doubtful or not _complete(parts[i - 1]))
             if doubtful or not _complete(part):
-                plan.lose(key, list(part.values()), AMBIGUOUS, f"the key comes {len(parts)} times, not each time whole")
+                plan.lose(key, list(part.values()), AMBIGUOUS, f"the key occurs {len(parts)} times, not always complete")
             else:
                 plan.chosen.append(Candidate(key, part, False))
 
 
 def check_contents(plan: Plan, file: BinaryIO, decode: bool) -> None:
-    """Read every candidate; what remains in the plan is good, and the first of its key."""
+    """Read every candidate, and keep in the plan only good ones that are the first of their key."""
     chosen, seen = plan.chosen, set[str]()
     plan.chosen = []
     for key, members, apart in chosen:
@@ -131,14 +131,14 @@ def check_contents(plan: Plan, file: BinaryIO, decode: bool) -> None:
 
 
 def _fault(plan: Plan, file: BinaryIO, key: str, members: dict[str, Member], decode: bool) -> tuple[str, str] | None:
-    """Why a sample cannot be used. Members that it can do without are taken out of ``members`` if they are damaged."""
+    """Return why a sample cannot be used. Damaged members that it does not need are removed from ``members``."""
     image = next((ext for ext in members if ext in IMAGE_EXTENSIONS), None)
     if image is None:
         return NO_PICTURE, f"has only {', '.join(members)}"
     if "txt" not in members and "json" not in members:
         return NO_CAPTION, f"has only {', '.join(members)}"
     if sum(member.size for member in members.values()) > MAX_SAMPLE:
-        return OVERSIZE, f"of more than {MAX_SAMPLE} bytes"
+        return OVERSIZE, f"larger than {MAX_SAMPLE} bytes"
     text = "txt" if "txt" in members else "json"
     for ext in [ext for ext in CHECKED if ext in members]:
         try:
@@ -146,7 +146,7 @@ def _fault(plan: Plan, file: BinaryIO, key: str, members: dict[str, Member], dec
         except CorruptSample as corrupt:
             return OVERSIZE, f"{ext}: {corrupt}"
         if ext == text and not _is_own(file, members[ext], data):
-            return CAPTION, f"{ext}: zeros in it, or none behind it: bytes of another member"
+            return CAPTION, f"{ext}: zeros in it, or no zeros after it: bytes of another member"
         wrong = content_problem(ext, data, decode) if decode or ext == "json" else None
         if wrong and wrong[0] != EXTENSION:  # decoders go by the content
             if ext in (image, text):
@@ -162,7 +162,7 @@ def _fault(plan: Plan, file: BinaryIO, key: str, members: dict[str, Member], dec
 
 
 def _is_own(file: BinaryIO, member: Member, text: bytes) -> bool:
-    """Whether a text fills its place exactly. Where blocks are missing from a tar, that of another member seldom does."""
+    """Return whether a text fills its place exactly. Where blocks are missing, other members' bytes seldom do."""
     file.seek(member.offset + member.size)
     filling = file.read(-member.size % BLOCK)
     return 0 not in text and filling.count(0) == len(filling)

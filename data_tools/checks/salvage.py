@@ -1,14 +1,14 @@
-"""What can still be read of a damaged tar: stretches of members without damage, and the byte ranges between them.
+"""Find what can still be read of a damaged tar: stretches of intact members, and the byte ranges between them.
 
-A stretch is read by the same strict walk as a whole shard. Where that stops, the next header is looked for: on the next
-whole block, or at any byte that begins a header with the ``ustar`` magic (bytes lost in a copy shift all that follow).
-A header counts only if its checksum is right. Nothing is guessed of what lies between.
+A stretch is read by the same strict walk as an intact shard. Where the walk stops, the next header is searched for: on
+whole blocks, or at any byte that begins a header with the ``ustar`` magic (bytes lost in a copy shift all that follow).
+A header counts only if its checksum is right. Nothing is guessed about the bytes in between.
 
-Two members next to damage are not trusted, for their name or their bytes may belong to others:
+Two members next to damage are not trusted, because their name or their bytes may belong to others:
 
-* the first one after it, where its name may stand for a longer one in an extended header that was lost;
-* the last one before it, where zeros do not fill its last block, as they do when its bytes are those that were written.
-  It is counted among the bytes passed over, and searched for headers that it may have swallowed.
+* the first one after it, if its name may stand for a longer one in an extended header that was lost;
+* the last one before it, if zeros do not fill up its last block, as they do in an intact member. It counts as bytes passed
+  over, and is searched for headers that it may have swallowed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Gap(NamedTuple):
-    """Bytes ``start`` up to ``end`` that were passed over; the name of the member there, if its header is whole."""
+    """Bytes ``start`` up to ``end`` that were passed over; the name of the member there, if its header is intact."""
 
     start: int
     end: int
@@ -43,7 +43,7 @@ class Gap(NamedTuple):
 
 @dataclass
 class Stretch:
-    """Members with nothing but whole headers from the first to the last. ``damaged_before``: it follows damage."""
+    """Members with only intact headers from the first to the last. ``damaged_before``: the stretch follows damage."""
 
     start: int
     damaged_before: bool
@@ -52,7 +52,7 @@ class Stretch:
 
 @dataclass
 class Salvage:
-    """All that was found. ``parts``: tars joined in the file; ``ended``: the last one has its end blocks."""
+    """Everything that was found. ``parts``: tars joined in the file; ``ended``: the last one has its end blocks."""
 
     stretches: list[Stretch] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
@@ -62,12 +62,12 @@ class Salvage:
 
     @property
     def whole(self) -> bool:
-        """Whether it is one tar without damage."""
+        """Whether the file is one tar without damage."""
         return self.ended and self.parts == 1 and not self.gaps
 
 
 def salvage(path: Path, file: BinaryIO, length: int) -> Salvage:
-    """Find the members of the file open as ``file`` (``length`` bytes), front to back. Keeps offsets, no contents."""
+    """Find the members of the file open as ``file`` (``length`` bytes), front to back. Only offsets are kept in memory."""
     found = Salvage()
     at = part = 0
     damaged = False
@@ -76,7 +76,7 @@ def salvage(path: Path, file: BinaryIO, length: int) -> Salvage:
         view = _View(file, at)
         finished, end = True, at
         try:
-            # the padding of the last member may be cut: none of its bytes are
+            # The padding of the last member may be cut off: it is not part of its bytes.
             for member in walk(path, cast(BinaryIO, view), _padded(length - at)):
                 member = member._replace(offset=member.offset + at)
                 if member.offset + member.size > length:
@@ -92,7 +92,7 @@ def salvage(path: Path, file: BinaryIO, length: int) -> Salvage:
         failed = at + view.last
         search = failed if failed > at else at + BLOCK
         if stretch.members and _is_doubtful(file, stretch.members[-1]):
-            # bytes are missing from the file, and what stands for them may hold the next headers
+            # Bytes are missing, so what the member seems to hold may contain the next headers.
             search = stretch.members.pop().offset
             end = _padded_end(stretch.members[-1]) if stretch.members else at
         after = _next_header(file, search, length)
@@ -116,7 +116,7 @@ def salvage(path: Path, file: BinaryIO, length: int) -> Salvage:
 
 
 class _View:
-    """A file from ``base`` on; ``last`` is where the walk looked last."""
+    """A view of a file from ``base`` on; ``last`` is the offset of the last seek."""
 
     def __init__(self, file: BinaryIO, base: int) -> None:
         self._file = file
@@ -132,7 +132,7 @@ class _View:
 
 
 def _next_header(file: BinaryIO, start: int, length: int) -> int:
-    """Where the first header from ``start`` on begins, or ``length``."""
+    """Return where the first header from ``start`` on begins, or ``length``."""
     for at in range(start, length, _CHUNK):
         file.seek(at)
         chunk = file.read(_CHUNK + BLOCK - 1)
@@ -163,7 +163,7 @@ def _is_header(block: bytes) -> bool:
 
 
 def _ends_a_tar(zeros: int, length: int) -> bool:
-    """Whether so many zeros end a tar of ``length`` bytes, zeros included. A hole in a file has another size."""
+    """Return whether so many zeros end a tar of ``length`` bytes, zeros included. A hole in a file has another size."""
     return zeros == 2 * BLOCK or (zeros > 2 * BLOCK and length % _RECORD == 0)
 
 
@@ -183,10 +183,10 @@ def _reason(file: BinaryIO, failed: int, zeros: bool, at_end: bool) -> str:
 
 
 def _is_doubtful(file: BinaryIO, member: Member) -> bool:
-    """Whether the last member before damage may hold bytes of others.
+    """Return whether the last member before damage may hold bytes of others.
 
-    Its last block should be filled up with zeros. Where it is full, a picture is left to its decoder, unless there is a
-    header in it.
+    Its last block should be filled up with zeros. If it is full, a picture is trusted, since decoding will check it, unless
+    there is a header in it.
     """
     following = _block(file, _padded_end(member))
     if len(following) < BLOCK or following.count(0) == BLOCK or _is_header(following):
@@ -199,7 +199,7 @@ def _is_doubtful(file: BinaryIO, member: Member) -> bool:
 
 
 def _distrust(found: Salvage, file: BinaryIO) -> None:
-    """Take out the first members after damage whose names may stand for others."""
+    """Remove the first members after damage whose names may stand for others."""
     extended = _has_extended_headers(found, file)
     before = {gap.end: gap for gap in found.gaps}
     for stretch in found.stretches:
@@ -214,7 +214,7 @@ def _distrust(found: Salvage, file: BinaryIO) -> None:
 
 
 def _has_extended_headers(found: Salvage, file: BinaryIO) -> bool:
-    """Whether a header in this tar gives, or gave, the name of a member in place of the member's own."""
+    """Return whether a header in this tar gives, or gave, the name of a member in place of the member's own."""
     for stretch in found.stretches:
         for member, following in zip(stretch.members, stretch.members[1:], strict=False):
             if following.offset - BLOCK != _padded_end(member):

@@ -1,4 +1,4 @@
-"""The picture and the caption of a sample, by the rules of the trainer's index."""
+"""Find the picture and the caption of a sample, by the rules of the training index."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from megamoe.data.shards.index import IMAGE_EXTENSIONS, TEXT_EXTENSIONS
 
 
 def picture_of(record: Record) -> bytes | None:
-    """Bytes of the picture: the first one in the tar if there are several."""
+    """Return the bytes of the picture, the first in the tar if there are several; None if there is none."""
     return next((content for ext, content in record.members.items() if ext in IMAGE_EXTENSIONS), None)
 
 
 def caption_of(record: Record) -> str | None:
-    """The caption without white space around it; None if there is none, or none that can be read."""
+    """Return the caption without surrounding white space; None if there is none that can be read."""
     ext = next((ext for ext in TEXT_EXTENSIONS if ext in record.members), None)
     if ext is None:
         return None
     try:
         return decode_caption(record.members[ext], ext)
-    except (CorruptSample, RecursionError):  # the latter: JSON made of a hundred thousand brackets
+    except (CorruptSample, RecursionError):  # RecursionError: JSON made of a hundred thousand brackets
         return None

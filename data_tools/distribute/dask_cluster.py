@@ -1,4 +1,4 @@
-"""The same function over many machines: on the workers of a Dask scheduler, or on workers started as SLURM jobs.
+"""Run one function over many jobs on many machines: workers of a Dask scheduler, or workers started as SLURM jobs.
 
 Why Dask: docs/decisions/0007-cluster-engine.md.
 """
@@ -21,10 +21,10 @@ from megamoe.core.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-_AHEAD = 4  # results kept per worker thread while an earlier job is not done
-_LOOK = 1.0  # seconds between looks at which workers there are
+_AHEAD = 4  # results kept per worker thread while an earlier job is unfinished
+_LOOK = 1.0  # seconds between checks of the workers
 _ANSWER = 10.0  # seconds for a running scheduler to answer
-_NO_WORKERS = 60.0  # seconds that a running scheduler may be without workers: one that restarts is back by then
+_NO_WORKERS = 60.0  # seconds that a scheduler may be without workers: a restarting worker is back by then
 
 
 def map_on_cluster(
@@ -53,10 +53,10 @@ def map_on_cluster(
         running = submitted = 0
         try:
             while submitted < len(jobs) or under_way:
-                # as many as there are threads: a worker that dies is counted against the jobs that it ran, no others
+                # One job per thread: the death of a worker then counts only against the jobs it was running.
                 threads = min(workers.threads, at_most or workers.threads)
                 while submitted < len(jobs) and running < threads and len(under_way) < _AHEAD * threads:
-                    # partial: Dask would look for its own objects inside of an argument
+                    # partial: Dask would search an argument for its own objects
                     future = client.submit(partial(_in_folder, folder, function, jobs[submitted]), pure=False)
                     future.add_done_callback(done.put)
                     under_way.append(future)
@@ -76,7 +76,7 @@ def map_on_cluster(
                     running -= 1
         except KilledWorker as error:
             raise JobKilledWorkersError(
-                f"{error.allowed_failures + 1} workers of --cluster {cluster} died one after the other doing it"
+                f"{error.allowed_failures + 1} workers of --cluster {cluster} died one after the other on it"
             ) from error
         except RuntimeError as error:
             if "deserialization of the task graph" not in str(error):
@@ -90,21 +90,21 @@ def map_on_cluster(
 
 
 class _NotYetError(Exception):
-    """The worker that had the result has died since, and the job is done again."""
+    """The worker that held the result has died, so the job runs again."""
 
 
 def _result(future: Any) -> Any:
-    """The result of a job that is done, which its worker may have taken along: Dask itself would wait without end."""
+    """Return the result of a finished job. Its worker may have died with it, and Dask itself would wait without end."""
     try:
         return future.result(timeout=_NO_WORKERS)
     except TimeoutError:
-        if future.status == "error":  # the job's own
+        if future.status == "error":  # raised by the job
             raise
         raise _NotYetError from None
 
 
 def _in_folder(folder: str, function: Callable[[Job], Result], job: Job) -> Result:
-    """``function(job)`` where its relative paths mean what they mean to the user."""
+    """Run ``function(job)`` in the user's folder, so that relative paths mean the same."""
     if os.getcwd() != folder:
         try:
             os.chdir(folder)
@@ -117,7 +117,7 @@ def _in_folder(folder: str, function: Callable[[Job], Result], job: Job) -> Resu
 
 
 class _Workers:
-    """How many threads work for us now, and whether it makes sense to wait for more."""
+    """Count the threads that work now, and decide whether to wait for more."""
 
     def __init__(self, client: Any, cluster: str, slurm: SlurmWorkers | None = None) -> None:
         self.threads = 0
@@ -129,7 +129,7 @@ class _Workers:
         """Count the threads, once a second.
 
         Raises:
-            UserError: SLURM refused the workers, the scheduler went away, or it has had no workers for a minute.
+            UserError: SLURM refused the workers, the scheduler is gone, or it has had no workers for a minute.
         """
         if time.monotonic() < self._next_look:
             return
@@ -160,7 +160,7 @@ def _connected(cluster: str, processes: int | None) -> Iterator[tuple[Any, _Work
     if not cluster.startswith(("tcp://", "tls://")):
         raise UserError(f"--cluster {cluster}: no such cluster; give tcp://HOST:PORT of a running scheduler, or slurm")
     if processes is not None:
-        raise UserError(f"--processes {processes}: {cluster} has the workers that it has; leave it out")
+        raise UserError(f"--processes {processes}: the scheduler {cluster} decides its own workers; omit --processes")
     try:
         client = Client(cluster, timeout=_ANSWER, set_as_default=False)
     except (OSError, ValueError) as error:
@@ -172,4 +172,4 @@ def _connected(cluster: str, processes: int | None) -> Iterator[tuple[Any, _Work
 
 
 def _gone(cluster: str) -> UserError:
-    return UserError(f"--cluster {cluster}: the scheduler went away; start it and run the same again")
+    return UserError(f"--cluster {cluster}: the scheduler is gone; start it and run the same command again")

@@ -1,4 +1,4 @@
-"""The same function over many shards, in processes of this machine or on many machines."""
+"""Run one function over many shards, in processes on this machine or on many machines."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from megamoe.core.errors import UserError
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 _cluster: ContextVar[str | None] = ContextVar("cluster", default=None)
-_AHEAD = 4  # jobs under way per process: a slow one does not leave the others idle at once
+_AHEAD = 4  # jobs in flight per process, so that a slow one does not idle the others at once
 
 
 @contextmanager
 def on_cluster(cluster: str | None) -> Iterator[None]:
-    """Have :func:`map_jobs` work there while the body runs, unless it is told another place."""
+    """Make ``cluster`` the default of :func:`map_jobs` while the body runs."""
     token = _cluster.set(cluster)
     try:
         yield
@@ -33,7 +33,7 @@ def on_cluster(cluster: str | None) -> Iterator[None]:
 
 
 def cluster_in_use() -> str | None:
-    """What :func:`on_cluster` says here."""
+    """Return the cluster that :func:`on_cluster` set, if any."""
     return _cluster.get()
 
 
@@ -50,19 +50,20 @@ def map_jobs(
     """Yield ``(job, function(job))`` in the order of ``jobs``, with progress and ETA on stderr.
 
     ``function`` and its jobs are sent to other processes, so they must be importable and picklable. A long list costs
-    no memory: only a few jobs per process are under way. When a worker dies, its job is done again, so doing a job
-    twice must come to the same as doing it once.
+    no memory: only a few jobs per process are in flight. When a worker dies, its job runs again, so jobs must be
+    idempotent.
 
     Args:
-        function: what to do; an error in it ends the whole map and is raised here, with a note that names the job.
-        jobs: what to do it to.
-        label: what the progress bar says.
+        function: work to do for one job. An error in it ends the whole map and is raised here, with a note that names the
+            job.
+        jobs: the jobs.
+        label: name of the work on the progress bar.
         unit: what a job is, for the progress bar and for errors.
-        processes: processes on this machine; default one per core that this process may use. 1: no other process.
-            With ``cluster="slurm"``: worker processes in the cluster, which has no default.
+        processes: processes on this machine; default one per core that this process may use. With 1, no process is
+            started. With ``cluster="slurm"``: worker processes in the cluster, which has no default.
         cluster: ``tcp://HOST:PORT`` (or ``tls://``) of a running Dask scheduler, or ``slurm`` to start workers as SLURM
-            jobs. Default: where :func:`on_cluster` says, else this machine.
-        at_most: jobs under way at a time, wherever they are; default as many as there are processes.
+            jobs. Default: the cluster of :func:`on_cluster`, else this machine.
+        at_most: maximum number of jobs that run at a time anywhere; default the number of processes.
 
     Raises:
         UserError: the cluster cannot be used, or a job kills every worker that takes it.
@@ -74,7 +75,7 @@ def map_jobs(
                 result = next(results)
             except JobKilledWorkersError as error:
                 raise UserError(
-                    f"{unit} {_name(job)}: {error}; give it more memory (fewer --processes) or leave it out"
+                    f"{unit} {_name(job)}: {error}; give it more memory (fewer --processes) or omit it"
                 ) from error
             except Exception as error:
                 error.add_note(f"This was {label}, {unit} {_name(job)}")
@@ -110,7 +111,7 @@ def _map_in_pool(function: Callable[[Job], Result], jobs: Sequence[Job], count: 
 
 
 def _name(job: object) -> str:
-    """A job in one short line: itself if it is a name, else the first path or name in it."""
+    """Name a job in one short line: itself if it is a name, else the first path or name in it."""
     parts = job if isinstance(job, tuple) else (job,)
     name = next((str(part) for part in parts if isinstance(part, str | os.PathLike)), repr(job))
     return name if len(name) <= 300 else f"{name[:300]}..."

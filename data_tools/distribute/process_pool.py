@@ -1,8 +1,8 @@
-"""Worker processes on this machine.
+"""Run jobs in worker processes on this machine.
 
-A worker that is killed takes only its job with it, and the job is done again. All of them end with the process that
-started them, however that one ends. ``ProcessPoolExecutor`` does neither: one death breaks the whole pool without
-telling which job it was, and workers outlive a parent that was killed.
+When a worker is killed, only its job runs again. All workers end with the process that started them, however it ends.
+``ProcessPoolExecutor`` does neither: one death breaks the whole pool without naming the job, and workers outlive a
+killed parent.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ from typing import Any, NoReturn
 from megamoe.core.child import end_with_parent
 from megamoe.core.exit_status import how_it_ended
 
-_ATTEMPTS = 3  # a worker can be killed for another one's memory once or twice; three in a row are the job's own
+_ATTEMPTS = 3  # another process's memory may cost a worker once or twice; three times in a row, the job is the cause
 _GRACE = 3.0  # seconds for a job to remove its unfinished file before its worker is killed
 _context = get_context("forkserver")  # a fork of this process could inherit a lock that another thread holds
 
 
 class JobKilledWorkersError(Exception):
-    """A job ended several workers, one after the other; the message says how many and how."""
+    """A job killed several workers, one after the other; the message says how many and how."""
 
 
 class WorkerPool:
-    """As many jobs at a time as there are ``processes``; close it when the results are no longer wanted."""
+    """Run as many jobs at a time as there are ``processes``. Close it when the results are no longer needed."""
 
     def __init__(self, processes: int) -> None:
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[Any], Any], Any] | None] = SimpleQueue()
-        self._lock = Lock()  # of the two below
+        self._lock = Lock()  # guards the two below
         self._workers: list[_Worker] = []
         self._closed = False
         with _sigint_blocked():
             for _ in range(processes):
                 self._workers.append(_Worker())
-        # daemon threads and daemon processes: an exit that skips close() must not wait for them
+        # Daemon threads and processes: an exit that skips close() must not wait for them.
         for place in range(processes):
             Thread(target=self._feed, args=(place,), daemon=True).start()
 
     def submit(self, function: Callable[[Any], Any], job: Any) -> Future[Any]:
-        """The future ``function(job)``; its error is the one that was raised there, or JobKilledWorkersError."""
+        """Return a future of ``function(job)``; it fails with the error raised there, or with JobKilledWorkersError."""
         future: Future[Any] = Future()
         self._tasks.put((future, function, job))
         return future
 
     def close(self) -> None:
-        """End all workers, also those in the middle of a job."""
+        """End all workers, including those in the middle of a job."""
         with self._lock:
             self._closed = True
         for _ in self._workers:
@@ -88,9 +88,7 @@ class WorkerPool:
                     if self._closed:
                         raise
                     self._workers[place] = _Worker()
-        raise JobKilledWorkersError(
-            f"{_ATTEMPTS} workers died one after the other doing it ({_how(worker.process.exitcode)})"
-        )
+        raise JobKilledWorkersError(f"{_ATTEMPTS} workers died one after the other on it ({_how(worker.process.exitcode)})")
 
 
 class _WorkerDiedError(Exception):
@@ -98,7 +96,7 @@ class _WorkerDiedError(Exception):
 
 
 class _Worker:
-    """One process and the pipe to it."""
+    """A worker process and the pipe to it."""
 
     def __init__(self) -> None:
         self.pipe, theirs = _context.Pipe()
@@ -120,8 +118,8 @@ class _Worker:
 
 
 def _serve(pipe: Connection) -> None:
-    """The life of a worker: jobs until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the parent decides
+    """Answer requests in a worker process until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; only the parent acts on it
     signal.signal(signal.SIGTERM, _leave)
     parent = parent_process()
     assert parent is not None
@@ -142,14 +140,14 @@ def _answer(request: bytes) -> bytes:
         error.add_note(f"In the worker process:\n{traceback.format_exc()}")
         try:
             answer = pickle.dumps((None, error))
-            pickle.loads(answer)  # errors with a constructor of their own often fail here only
+            pickle.loads(answer)  # errors with their own constructor often fail only here
             return answer
         except Exception:
             return pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")))
 
 
 def _leave(number: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + number)  # not an instant end: unfinished files are removed on the way out
+    raise SystemExit(128 + number)  # raised, so that unfinished files are removed on the way out
 
 
 def _leave_late() -> None:
@@ -159,8 +157,8 @@ def _leave_late() -> None:
 
 @contextmanager
 def _sigint_blocked() -> Iterator[None]:
-    """Workers begin with Ctrl-C blocked, until they ignore it: else one that comes now prints a traceback for each."""
-    resource_tracker.ensure_running()  # started by the first process otherwise, and it unblocks the signal
+    """Start workers with Ctrl-C blocked until they ignore it; else one that comes now prints a traceback for each."""
+    resource_tracker.ensure_running()  # otherwise the first worker starts it, and that unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,4 +1,4 @@
-"""Dask workers that run as SLURM jobs, through dask-jobqueue."""
+"""Start Dask workers as SLURM jobs, through dask-jobqueue."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from megamoe.core.errors import UserError
 
 PACKAGES = "pip install distributed dask-jobqueue cryptography (on all machines)"
 _SETTINGS = "jobqueue.slurm"  # the section of Dask's configuration that dask-jobqueue reads
-_ASK_EVERY = 15.0  # seconds between calls of squeue; sites ask not to do it more often
+_ASK_EVERY = 15.0  # seconds between calls of squeue; sites ask users not to call it more often
 
 
 def use_config(path: Path) -> None:
-    """Take settings for :func:`slurm_workers` from a YAML file, over those of Dask's own configuration files.
+    """Load settings for :func:`slurm_workers` from a YAML file; they override Dask's own configuration files.
 
     Raises:
-        UserError: a package is missing, or the file is no such YAML or has a key that dask-jobqueue does not know.
+        UserError: a package is missing, the file is not such YAML, or it has a key that dask-jobqueue does not know.
     """
     try:
         import dask
@@ -43,7 +43,7 @@ def use_config(path: Path) -> None:
     section = content.get("jobqueue") if isinstance(content, dict) else None
     given = section.get("slurm") if isinstance(section, dict) else None
     if not isinstance(given, dict):
-        raise UserError(f"--cluster-config {path}: has no section jobqueue: slurm:, in which cores and memory are given")
+        raise UserError(f"--cluster-config {path}: has no section jobqueue: slurm:, which gives cores and memory")
     defaults = (Path(dask_jobqueue.__file__).parent / "jobqueue.yaml").read_text(encoding="utf-8")
     known = list(yaml.safe_load(defaults)["jobqueue"]["slurm"])
     for key in given:
@@ -54,7 +54,7 @@ def use_config(path: Path) -> None:
 
 
 class SlurmWorkers:
-    """The SLURM jobs of a ``dask_jobqueue.SLURMCluster``: enough of them, also after SLURM ended some."""
+    """Keep enough SLURM jobs of a ``dask_jobqueue.SLURMCluster`` running, also after SLURM ended some."""
 
     def __init__(self, cluster: Any, jobs: int, submitted: list[Any], refused: list[str]) -> None:
         self.cluster = cluster
@@ -67,10 +67,10 @@ class SlurmWorkers:
         cluster.scale(jobs=jobs)
 
     def look(self, workers: set[str]) -> None:
-        """Replace the jobs that are over; ``workers`` are the names of the workers that are there.
+        """Replace the jobs that have ended; ``workers`` are the names of the connected workers.
 
         Raises:
-            UserError: SLURM refused a job, or one was over before its workers came here.
+            UserError: SLURM refused a job, or one ended before its workers connected.
         """
         if self._refused:
             raise UserError(f"--cluster slurm: the workers cannot be started: {self._refused[0]}")
@@ -88,8 +88,8 @@ class SlurmWorkers:
                 continue
             if job.name not in self._connected:
                 raise UserError(
-                    f"--cluster slurm: job {job.job_id} was over before its workers reached this machine; its output "
-                    f"(slurm-{job.job_id}.out or in log-directory) says why; is the setting interface right?"
+                    f"--cluster slurm: job {job.job_id} ended before its workers reached this machine; its output "
+                    f"(slurm-{job.job_id}.out or in log-directory) says why; check the setting interface"
                 )
             self._over.add(job.name)  # its walltime, a failed node, too much memory
             self._asked_for += 1
@@ -98,10 +98,10 @@ class SlurmWorkers:
 
 @contextmanager
 def slurm_workers(processes: int | None) -> Iterator[SlurmWorkers]:
-    """A scheduler in this process, and at least ``processes`` workers in SLURM jobs; all end with the context.
+    """Run a scheduler in this process and at least ``processes`` workers in SLURM jobs; all end with the context.
 
     The settings are those of dask-jobqueue (``jobqueue.slurm`` in Dask's configuration). All connections are encrypted
-    and authenticated by keys made for this run: other users of the cluster's network cannot send it work.
+    and authenticated by keys made for this run, so other users of the cluster's network cannot send it work.
 
     Raises:
         UserError: a package is missing or the settings cannot be used.
@@ -116,7 +116,7 @@ def slurm_workers(processes: int | None) -> Iterator[SlurmWorkers]:
     except ImportError as error:
         raise UserError(f"--cluster slurm needs the package {error.name}: {PACKAGES}") from error
     if processes is None:
-        raise UserError("--cluster slurm: how many workers is not said; add --processes N (one core each)")
+        raise UserError("--cluster slurm: the number of workers is not given; add --processes N (one core each)")
     submitted: list[Any] = []
     refused: list[str] = []
 
@@ -127,22 +127,22 @@ def slurm_workers(processes: int | None) -> Iterator[SlurmWorkers]:
                 submitted.append(self)
             except (OSError, RuntimeError, ValueError) as error:  # no sbatch here, or it refused
                 refused.append(" ".join(str(error).split()))
-                self.status = Status.running  # as if started, or the cluster fails to close
+                self.status = Status.running  # as if started; otherwise the cluster fails to close
 
         async def close(self) -> None:
             await super().close()
-            self.status = Status.closed  # dask-jobqueue leaves it, and the cluster looks at it if a job is still known
+            self.status = Status.closed  # dask-jobqueue does not set it, and the cluster reads it while it knows the job
 
     settings = dask.config.get(_SETTINGS)
-    # the tools are Python and hold its lock: a thread beside another one in a process does no work
+    # The tools are Python and hold its global lock, so a second thread in a process would do no work.
     per_job = settings["processes"] or settings["cores"] or 1
-    # SLURM says when a job is over; a lost connection says little: a job that is queued again keeps its id
+    # SLURM decides when a job is over. A lost connection does not: a requeued job keeps its id.
     with dask.config.set({"distributed.deploy.lost-worker-timeout": "10000h"}):
         try:
             cluster = SLURMCluster(
                 job_cls=Submission,  # type: ignore[arg-type]  # its annotation names an instance
                 processes=per_job,
-                # the pages of a scheduler have no password: for this machine only
+                # The dashboard has no password, so it must not be reachable from other machines.
                 scheduler_options={"dashboard": False, "dashboard_address": "127.0.0.1:0"} | settings["scheduler-options"],
                 security=True,
                 shared_temp_directory=settings["shared-temp-directory"] or os.getcwd(),
@@ -157,7 +157,7 @@ def slurm_workers(processes: int | None) -> Iterator[SlurmWorkers]:
 
 @contextmanager
 def _interrupt_kept() -> Iterator[None]:
-    """Importing dask_jobqueue makes Ctrl-C end the process with status 0, as if it were done (``runner.py`` in 0.9)."""
+    """Keep Ctrl-C as it is: importing dask_jobqueue makes it end the process with status 0 (``runner.py`` in 0.9)."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -167,7 +167,7 @@ def _interrupt_kept() -> Iterator[None]:
 
 @contextmanager
 def _without_keys(cluster: Any) -> Iterator[None]:
-    """Remove the files with the workers' keys; left to the collector of garbage, an error on the way out keeps them."""
+    """Remove the files with the workers' keys. Left to garbage collection, they survive an error on the way out."""
     try:
         yield
     finally:
@@ -180,7 +180,7 @@ def _is_of(worker: str, job: str) -> bool:
 
 
 def _queued() -> set[str] | None:
-    """Ids of this user's jobs that wait or run; None when SLURM does not answer now."""
+    """Return the ids of this user's pending and running jobs; None if SLURM does not answer now."""
     command = ["squeue", "--noheader", "--format=%A", "--user", str(os.getuid())]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -1,1 +1,1 @@
-"""Drawn pictures with known truth."""
+"""Draw pictures with known captions: ``scene`` decides what a picture shows, ``render`` draws it."""

@@ -1,4 +1,4 @@
-"""Draws scenes with Pillow. Shapes are drawn once, eight times as large as they are shown, and pasted from then on."""
+"""Draw scenes with Pillow. Each shape is drawn once, eight times as large, scaled down, and then only pasted."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 from data_tools.scenes.scene import COLOURS, RADII, Scene, Thing
 
 _SUPERSAMPLE = 8
-_SUBPIXELS = 4  # positions per pixel: finer ones cannot be seen, and each needs a mask of its own
-_RADIUS_STEPS = 8  # radii of a size, between its smallest and its largest
+_SUBPIXELS = 4  # positions per pixel: finer ones are not visible, and each needs its own mask
+_RADIUS_STEPS = 8  # radii per size, between its smallest and its largest
 
 
 def render(scene: Scene, side: int) -> Image.Image:
@@ -26,13 +26,13 @@ def render(scene: Scene, side: int) -> Image.Image:
 
 
 def encode(scene: Scene, side: int, quality: int) -> bytes:
-    """The JPEG of ``scene`` without chroma subsampling, which would blur small objects; spoilt if the scene says so."""
+    """Encode ``scene`` as JPEG, damaged if the scene says so. Chroma subsampling would blur small objects: it is off."""
     data = simplejpeg.encode_jpeg(np.asarray(render(scene, side)), quality=quality, colorsubsampling="444")
     return data if scene.corruption is None else _spoil(data, scene.corruption)
 
 
 def _place(thing: Thing, side: int) -> tuple[Image.Image, int, int]:
-    """Mask of an object and the pixel at which its upper left corner goes."""
+    """Return the mask of an object and the pixel of its upper left corner."""
     scale = side / 64
     smallest, largest = RADII[thing.combination.size]
     step = round((thing.radius - smallest) / (largest - smallest) * _RADIUS_STEPS)
@@ -45,7 +45,7 @@ def _place(thing: Thing, side: int) -> tuple[Image.Image, int, int]:
 
 @lru_cache(maxsize=4096)
 def _mask(shape: str, radius: float, half: int, right: int, down: int) -> Image.Image:
-    """Coverage (0 to 255) of a shape centred at ``half``, moved by quarters of a pixel to the right and down."""
+    """Return the coverage (0 to 255) of a shape centred at ``half``, moved right and down by quarters of a pixel."""
     big = Image.new("L", ((2 * half + 1) * _SUPERSAMPLE,) * 2)
     centre_x, centre_y = (half + right / _SUBPIXELS, half + down / _SUBPIXELS)
     corners = ((centre_x + x * radius, centre_y + y * radius) for x, y in _outline(shape))
@@ -56,7 +56,7 @@ def _mask(shape: str, radius: float, half: int, right: int, down: int) -> Image.
 
 @lru_cache(maxsize=16)
 def _outline(shape: str) -> tuple[tuple[float, float], ...]:
-    """Corners of a shape within the square from -1 to 1, y downwards, chosen so that all look about equally large."""
+    """Return the corners of a shape in the square from -1 to 1, y downwards. All shapes look about equally large."""
     if shape == "circle":
         return _star(96, 0.95, 0.95)
     if shape == "square":
@@ -65,7 +65,7 @@ def _outline(shape: str) -> tuple[tuple[float, float], ...]:
         return ((0.0, -0.95), (1.0, 0.82), (-1.0, 0.82))
     if shape == "star":
         return _star(5, 1.0, 0.4)
-    if shape == "diamond":  # narrow, so as not to be taken for a turned square
+    if shape == "diamond":  # narrow, to differ from a rotated square
         return ((0.0, -1.0), (0.68, 0.0), (0.0, 1.0), (-0.68, 0.0))
     arm, end = 0.3, 0.95  # cross
     return (
@@ -83,7 +83,7 @@ def _star(points: int, outer: float, inner: float) -> tuple[tuple[float, float],
 
 
 def _spoil(data: bytes, how: str) -> bytes:
-    """What crawls bring home: nothing, a web page, half a file, a file with bytes overwritten."""
+    """Damage a file as crawls do: make it empty, a web page, half a file, or a file with overwritten bytes."""
     if how == "empty":
         return b""
     if how == "html":
@@ -91,4 +91,4 @@ def _spoil(data: bytes, how: str) -> bytes:
     middle = (len(data) + data.index(b"\xff\xda")) // 2  # in the compressed pixels, behind the start of the scan
     if how == "truncated":
         return data[:middle]
-    return data[:middle] + b"\xff\xc4" * 4 + data[middle + 8 :]  # a marker where none may be
+    return data[:middle] + b"\xff\xc4" * 4 + data[middle + 8 :]  # a marker where none is allowed

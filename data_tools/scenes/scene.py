@@ -1,7 +1,7 @@
-"""What a made-up picture shows and what its caption says: drawn from numbers, rendered elsewhere.
+"""Choose at random what a synthetic picture shows, and write its caption; ``render`` draws it.
 
 Level 1 is one object at a place, level 2 several equal objects, level 3 two objects in a relation. Lengths are for a
-picture 64 pixels wide and scale with it. Everything about sample i of a split follows from (seed, split, i) alone.
+picture 64 pixels wide and scale with it. Everything about sample i of a split depends on (seed, split, i) alone.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ SPLITS = ("train", "validation", "combinations")
 CORRUPTIONS = ("empty", "html", "truncated", "damaged")
 HELD_OUT = 12  # of 96 combinations: each shape twice, each size six times, no colour more than twice
 _SIDE = 64.0
-_RIM = 1.25  # background between an object and the edge of the picture, or the middle line that keeps two apart
-_EDGE = 20.0  # nearer to the edge than this is "left"; between 28 and 36 is the middle; the gaps keep places apart
+_RIM = 1.25  # background between an object and the edge of the picture, or the line between two objects
+_EDGE = 20.0  # up to this distance from the edge is "left"; 28 to 36 is the middle; the gaps separate the places
 _MIDDLE = (28.0, 36.0)
 
 
 class Combination(NamedTuple):
-    """What names an object; combinations, not single words, are held out."""
+    """The words that describe an object. Combinations, not single words, are held out."""
 
     size: str
     colour: str
@@ -57,7 +57,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: what is in it, the grey behind it, its caption, how its file is spoilt (if it is)."""
+    """One picture: its objects, the grey behind them, its caption, and how its file is damaged, if it is."""
 
     caption: str
     grey: int
@@ -67,7 +67,7 @@ class Scene:
 
 
 class Scenes:
-    """All scenes of a split. ``corrupt`` is the share of files that are spoilt."""
+    """All scenes of a split. ``corrupt`` is the share of files that are damaged."""
 
     def __init__(self, seed: int, split: str, level: int, corrupt: float = 0.0) -> None:
         self._key = np.array([seed & (1 << 64) - 1, SPLITS.index(split)], dtype=np.uint64)
@@ -81,9 +81,9 @@ class Scenes:
             self._combinations = [each for each in all_combinations() if each not in set(held_out)]
 
     def __getitem__(self, i: int) -> Scene:
-        """Scene number ``i``."""
+        """Return scene number ``i``."""
         draw = _Draw(self._key, i)
-        # train has even greys and validation odd ones: no validation picture is one of the training pictures
+        # Train has even greys and validation odd ones, so no picture is in both.
         grey = 200 + 2 * draw.below(24) + (self._split == "validation")
         corruption = CORRUPTIONS[draw.below(len(CORRUPTIONS))] if draw.unit() < self._corrupt else None
         caption, things, facts = (self._one, self._several, self._pair)[self._level - 1](draw)
@@ -131,12 +131,12 @@ class Scenes:
 
 
 def all_combinations() -> list[Combination]:
-    """Every size with every colour and shape."""
+    """Return every size with every colour and shape."""
     return [Combination(*each) for each in product(RADII, COLOURS, SHAPES)]
 
 
 def held_out_combinations(seed: int) -> list[Combination]:
-    """The combinations that only the split ``combinations`` shows: by hash of seed and name, spread over all words."""
+    """Return the combinations that only the split ``combinations`` shows, chosen by hash and spread over all words."""
     left = {shape: 2 for shape in SHAPES} | {size: 6 for size in RADII} | {colour: 2 for colour in COLOURS}
     chosen: list[Combination] = []
     for each in sorted(all_combinations(), key=lambda each: hashlib.sha256(f"{seed} {each}".encode()).digest()):
@@ -148,9 +148,9 @@ def held_out_combinations(seed: int) -> list[Combination]:
 
 
 def _third(draw: _Draw, third: int, radius: float, most: float = _SIDE) -> float:
-    """A coordinate in the low, middle or high third that keeps an object inside the picture.
+    """Draw a coordinate in the low, middle or high third that keeps an object inside the picture.
 
-    ``most`` is how far from its edge an object of the low or high third may reach.
+    ``most`` is the maximum distance from the edge that an object of the low or high third may reach.
     """
     if third == 1:
         return draw.between(*_MIDDLE)
@@ -159,7 +159,7 @@ def _third(draw: _Draw, third: int, radius: float, most: float = _SIDE) -> float
 
 
 class _Draw:
-    """Numbers of one sample, by position in a Philox stream: none depends on what other samples drew."""
+    """Draw the random numbers of one sample from its own part of a Philox stream, independent of other samples."""
 
     def __init__(self, key: np.ndarray, sample: int) -> None:
         self._raw = iter(np.random.Philox(key=key, counter=sample << 64).random_raw(32).tolist())
@@ -174,6 +174,6 @@ class _Draw:
         return low + (high - low) * self.unit()
 
     def choose(self, n: int, count: int) -> list[int]:
-        """``count`` different numbers below ``n``."""
+        """Draw ``count`` different numbers below ``n``."""
         rest = list(range(n))
         return [rest.pop(self.below(len(rest))) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""Which samples of a set are equal or near to one that stays: the comparison over the fingerprints of all shards."""
+"""Find the samples of a set that are equal or near to one that is kept, from the fingerprints of all shards."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.similar.fingerprints import load_fingerprints
-from data_tools.similar.near import Indices, first_near
+from data_tools.similar.hamming import Indices, first_near
 
 
 class Duplicate(NamedTuple):
-    """A sample to drop and the one that it is dropped for, each as (number of the file, place in it); bits between them."""
+    """A sample to drop and its kept partner, each as (number of the file, place in it), and the differing bits."""
 
     sample: tuple[int, int]
     partner: tuple[int, int]
@@ -25,9 +25,9 @@ def find_duplicates(files: Sequence[Path], protected: int, distance: int | None)
     """Yield the duplicates among the samples whose fingerprints are in ``files``, in order.
 
     Args:
-        files: of :func:`data_tools.similar.fingerprints.hash_shard`, in the order that decides which sample stays.
-        protected: so many files at the beginning lose nothing.
-        distance: greatest number of differing bits; None: fingerprints are digests, equal or not.
+        files: written by :func:`data_tools.similar.fingerprints.hash_shard`; of equal samples the first is kept.
+        protected: number of files at the beginning from which nothing is dropped.
+        distance: maximum number of differing bits; None: fingerprints are digests, equal or not.
     """
     loaded = [load_fingerprints(file) for file in files]
     starts = np.cumsum([0] + [len(each.comparable) for each in loaded])
@@ -51,7 +51,7 @@ def find_duplicates(files: Sequence[Path], protected: int, distance: int | None)
 
 
 def _first_equal(values: npt.NDArray[np.uint8], always_kept: int) -> Indices:
-    """As :func:`data_tools.similar.near.first_near`, for digests, uint8 (n, 32)."""
+    """Find the partners of equal digests, uint8 (n, 32), as :func:`data_tools.similar.hamming.first_near` does."""
     rows = values.view(f"V{values.shape[1]}").reshape(-1)
     _, first, which = np.unique(rows, return_index=True, return_inverse=True)
     partners: Indices = first[which].astype(np.int64)

@@ -1,4 +1,4 @@
-"""What `megamoe data dedup` compares samples by: computed once per shard, kept in a file until the verb is done."""
+"""Compute the fingerprints that `megamoe data dedup` compares, once per shard, and keep them in a file until it ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WIDTH = {"image": 32, "image+caption": 32, "near": 8}
 
 @dataclass(frozen=True)
 class ShardToHash:
-    """A shard and where its fingerprints go."""
+    """A shard to fingerprint, and the file for its fingerprints."""
 
     name: str
     source: Path
@@ -35,14 +35,14 @@ class ShardToHash:
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """Of one shard, n samples in order: ``values`` is uint8 (n, 32 or 8), meaningless where not ``comparable`` (n,)."""
+    """The fingerprints of the n samples of a shard: ``values`` is uint8 (n, 32 or 8), valid where ``comparable`` (n,)."""
 
     values: npt.NDArray[np.uint8]
     comparable: npt.NDArray[np.bool_]
 
 
 def hash_shard(job: ShardToHash) -> Account:
-    """Write the fingerprints of a shard's samples. The account says what was read and lost."""
+    """Write the fingerprints of a shard's samples. The account tells what was read and lost."""
     account = Account()
     keys, values = [], []
     for record in whole_records(job.source, job.label, account):
@@ -63,19 +63,19 @@ def hash_shard(job: ShardToHash) -> Account:
 
 
 def load_fingerprints(path: Path) -> Fingerprints:
-    """What :func:`hash_shard` wrote to ``path``."""
+    """Load what :func:`hash_shard` wrote to ``path``."""
     with np.load(path, allow_pickle=False) as arrays:
         return Fingerprints(arrays["values"], arrays["comparable"])
 
 
 def load_keys(path: Path) -> list[str]:
-    """The keys of the samples that :func:`hash_shard` wrote to ``path``."""
+    """Load the keys of the samples that :func:`hash_shard` wrote to ``path``."""
     with np.load(path, allow_pickle=False) as arrays:
         return [str(key) for key in json.loads(arrays["keys"].tobytes())]
 
 
 def _fingerprint(record: Record, by: By) -> bytes | None:
-    """None: there is nothing to compare."""
+    """Return the fingerprint of a sample; None if there is nothing to compare."""
     image = picture_of(record)
     if image is None:
         return None

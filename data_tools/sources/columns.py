@@ -1,4 +1,4 @@
-"""Which column of a table is the picture, which the caption, and a row as an item."""
+"""Choose the columns of a table that hold picture and caption, and turn a row into an item."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from data_tools.sources.item import FAILED_TO_DOWNLOAD, Item, Loss, read_caption
 from megamoe.core.errors import DataError
 
-# In this order, upper or lower case: LAION (URL, TEXT), COYO (image_url), open_clip (filepath, title), HF (file_name, text)
+# Tried in this order, in any case: LAION (URL, TEXT), COYO (image_url), open_clip (filepath, title), HF (file_name, text)
 _URLS = ("url", "image_url")
 _IMAGES = ("image", "image_path", "filepath", "file_name", "path")
 _CAPTIONS = ("caption", "text", "title")
@@ -19,7 +19,7 @@ _CAPTIONS = ("caption", "text", "title")
 
 @dataclass(frozen=True)
 class Names:
-    """What the user says of a table's columns; None: to be found."""
+    """The names of a table's columns as given by the user; None: to be found."""
 
     url: str | None = None
     image: str | None = None
@@ -30,7 +30,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns chosen. Files are looked for in ``root`` and nowhere outside it."""
+    """The chosen columns. Files are read from ``root`` and never from outside it."""
 
     picture: str
     online: bool
@@ -44,17 +44,17 @@ class Columns:
 
 
 def choose_columns(found: Sequence[str], table: Path, names: Names) -> Columns:
-    """Find the columns of ``table`` that are needed. A column of pictures wins over one of URLs, which then is metadata.
+    """Choose the columns of ``table``. A column of pictures wins over one of URLs, which is then metadata.
 
     Raises:
-        DataError: a column that was named, or one that is needed, does not exist.
+        DataError: a column that was named, or a required one, does not exist.
     """
     listed = ", ".join(found)
     for option, name in (("--url-col", names.url), ("--image-col", names.image), ("--caption-col", names.caption)):
         if name is not None and name not in found:
             raise DataError(f"{table}: has no column {name!r} ({option}); its columns: {listed}")
     if names.url is not None and names.image is not None:
-        raise DataError(f"{table}: --url-col and --image-col exclude each other; give the one to take pictures from")
+        raise DataError(f"{table}: --url-col and --image-col exclude each other; give only the one that holds the pictures")
     image = names.image or (None if names.url else _find(found, _IMAGES))
     picture = image or names.url or _find(found, _URLS)
     if picture is None:
@@ -69,7 +69,7 @@ def choose_columns(found: Sequence[str], table: Path, names: Names) -> Columns:
 
 
 def row_item(row: dict[str, Any], name: str, columns: Columns) -> Item:
-    """The sample that ``row`` describes; its caption and URL are left out of the columns, which name them anew."""
+    """Return the sample that ``row`` describes. Caption and URL are removed from its columns: they get columns of ours."""
     kept = {key: value for key, value in row.items() if key != columns.caption}
     value = kept.pop(columns.picture, None) if columns.online else kept.get(columns.picture)
     if isinstance(value, dict):  # as Hugging Face writes pictures into parquet
@@ -99,7 +99,7 @@ def _find(found: Sequence[str], wanted: Sequence[str]) -> str | None:
 
 
 def _inside(root: Path, value: object) -> Path:
-    """A table may come from anywhere: it must not make us read files of this machine that it has no business with."""
+    """Return the path below ``root``. A table from elsewhere must not make us read other files of this machine."""
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise Loss(FAILED_TO_DOWNLOAD, "no path of a picture")
     if value.startswith(("http://", "https://")):

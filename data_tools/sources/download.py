@@ -1,7 +1,7 @@
-"""Pictures from the web, politely: few requests at a time to one host, few retries, the owner's "no" is taken.
+"""Download pictures politely: few concurrent requests per host, few retries, and the owner's refusal is respected.
 
-Lists of URLs come from strangers. What a URL or a redirect leads to must be on the public net (else a list could make
-this machine call services inside its own cluster), and what comes back is bounded in time and bytes.
+Lists of URLs come from strangers. Every URL and redirect must lead to the public internet; otherwise a list could make
+this machine call services inside its own cluster. Answers are limited in time and bytes.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from urllib3.exceptions import (
 from data_tools.sources.item import FAILED_TO_DOWNLOAD, Loss
 from megamoe import __version__
 
-AGENT = "megamoe-data-build"  # what X-Robots-Tag lines that are for one reader only call us
+AGENT = "megamoe-data-build"  # our name in X-Robots-Tag lines for a single reader
 USER_AGENT = f"{AGENT}/{__version__} (image-text data sets for model training)"
 ROBOTS = "X-Robots-Tag says no"  # a cause
 _REDIRECTS = 5
-_WHOLE = 6  # times the timeout: how long one picture may take in all, however steadily its bytes drip
-_WAIT = 0.5  # seconds before the first retry; twice as long before each one after it
-_MAX_WAIT = 30.0  # a server that asks for more with Retry-After is not asked again
+_WHOLE = 6  # times the timeout: total time for one picture, however steadily its bytes arrive
+_WAIT = 0.5  # seconds before the first retry; doubles with each one
+_MAX_WAIT = 30.0  # seconds; a server that asks for more with Retry-After is not retried
 _CHUNK = 1 << 16
-_DIGITS = 15  # of a length that is believable
+_DIGITS = 15  # of a plausible length
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -49,14 +49,14 @@ class DownloadOptions:
     """How pictures are downloaded.
 
     Attributes:
-        threads: downloads at a time, of one process.
-        per_host: of these, to one host.
+        threads: concurrent downloads of one process.
+        per_host: concurrent downloads from one host.
         timeout: seconds for a connection and for each piece of an answer.
-        retries: further tries where the fault may pass (5xx, 429, time-outs, broken connections).
-        max_bytes: of one picture.
-        disallowed: words of ``X-Robots-Tag`` that are a "no"; empty: the header is not looked at.
-        user_agent: who is asking.
-        private_hosts: addresses that are not on the public net are allowed.
+        retries: retries after a fault that may be temporary (5xx, 429, timeouts, broken connections).
+        max_bytes: maximum size of one picture.
+        disallowed: directives of ``X-Robots-Tag`` that forbid the use; empty: the header is ignored.
+        user_agent: value of the User-Agent header.
+        private_hosts: allow addresses outside the public internet.
     """
 
     threads: int = 32
@@ -70,7 +70,7 @@ class DownloadOptions:
 
 
 class Downloader:
-    """Downloads from several threads of one process, with kept connections."""
+    """Download from several threads of one process, over persistent connections."""
 
     def __init__(self, options: DownloadOptions) -> None:
         self._options = options
@@ -88,10 +88,10 @@ class Downloader:
         }
 
     def get(self, url: str) -> bytes:
-        """The bytes behind ``url``.
+        """Download the bytes behind ``url``.
 
         Raises:
-            Loss: they cannot be had, after all retries.
+            Loss: the download failed, after all retries.
         """
         wait = _WAIT
         for left in range(self._options.retries, -1, -1):
@@ -119,7 +119,7 @@ class Downloader:
                 turn = self._hosts[host]
             waited = time.monotonic()
             with turn:
-                deadline += time.monotonic() - waited  # the queue is ours, not the server's
+                deadline += time.monotonic() - waited  # the server is not to blame for our queue
                 answer = self._ask(url, parts.scheme, host, deadline)
             if isinstance(answer, bytes):
                 return answer
@@ -127,7 +127,7 @@ class Downloader:
         raise _lost("too many redirects", url)
 
     def _ask(self, url: str, scheme: str, host: str, deadline: float) -> bytes | str:
-        """The bytes, or where a redirect leads."""
+        """Return the bytes, or the target of a redirect."""
         proxy = None if proxy_bypass(host) else self._proxies.get(scheme)
         headers = {"User-Agent": self._options.user_agent, "Accept": "image/*", "Accept-Encoding": "identity"}
         try:
@@ -140,7 +140,7 @@ class Downloader:
                 response.close()
         except NameResolutionError as error:
             raise _lost("host not found", url) from error
-        except NewConnectionError as error:  # before TimeoutError: it is one of them
+        except NewConnectionError as error:  # before TimeoutError, one of its base classes
             raise _Passing("no connection", url) from error
         except TimeoutError as error:
             raise _Passing("timed out", url) from error
@@ -178,7 +178,7 @@ class Downloader:
 
 
 def is_disallowed(tags: Iterable[str], disallowed: Iterable[str]) -> bool:
-    """Whether one of the ``X-Robots-Tag`` lines, for all or for us (``agent: word, word``), has such a word."""
+    """Return whether an ``X-Robots-Tag`` line, for all or for us (``agent: word, word``), has a disallowed word."""
     words = {word.lower() for word in disallowed}
     for line in tags:
         agent, colon, rest = line.partition(":")
@@ -190,7 +190,7 @@ def is_disallowed(tags: Iterable[str], disallowed: Iterable[str]) -> bool:
 
 
 class _Passing(Loss):
-    """A fault that another try may not meet. ``wait``: seconds that the server asks for."""
+    """A fault that may be temporary. ``wait``: seconds that the server asks for."""
 
     def __init__(self, cause: str, url: str, wait: float = 0.0) -> None:
         super().__init__(FAILED_TO_DOWNLOAD, cause, f"{url}: {cause}")
@@ -202,7 +202,7 @@ def _lost(cause: str, url: str, detail: object = None) -> Loss:
 
 
 def _refuse_private(connected: socket) -> socket:
-    """Look at the address that answered, not at the name: a name may lead elsewhere each time that it is asked."""
+    """Refuse a private address. Check the address that answered: a name may resolve differently each time."""
     address = ip_address(connected.getpeername()[0].partition("%")[0])
     if isinstance(address, IPv6Address) and address.ipv4_mapped:
         address = address.ipv4_mapped

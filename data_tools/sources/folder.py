@@ -1,4 +1,4 @@
-"""A folder of pictures, each with its caption in a ``.txt`` or ``.json`` file of the same stem beside it."""
+"""Read a folder of pictures, each with its caption in a ``.txt`` or ``.json`` file of the same stem beside it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from megamoe.data.sample.decode import CorruptSample, decode_caption
 from megamoe.data.shards.index import IMAGE_EXTENSIONS
 
 _UNSAFE = re.compile(r"[^\w/-]")
-_MAX_SIDECAR = 16 << 20  # a caption or its JSON of more bytes is something else
+_MAX_SIDECAR = 16 << 20  # bytes; a larger file is no caption
 
 
 @dataclass(frozen=True)
 class FolderChunk:
-    """Pictures by their path below ``root`` (with ``/``), and their keys."""
+    """Pictures of one shard: their paths below ``root`` (with ``/``) and their keys."""
 
     root: Path
     files: tuple[tuple[str, str], ...]
@@ -34,16 +34,16 @@ class FolderChunk:
         return len(self.files)
 
     def items(self) -> Iterator[Item]:
-        """Read captions and metadata; the pictures are left to the caller."""
+        """Read captions and metadata; the caller reads the pictures."""
         for name, key in self.files:
             yield _item(self.root, name, key, self.captions)
 
 
 def open_folder(root: Path, shard_size: int, *, captions: bool) -> Source:
-    """List the pictures of ``root`` and of the folders below it, sorted by path; hidden files and folders are skipped.
+    """List the pictures of ``root`` and its subfolders, sorted by path; hidden files and folders are skipped.
 
     Raises:
-        DataError: it holds none.
+        DataError: it holds no picture.
     """
     digest = hashlib.sha256()
     names: list[str] = []
@@ -79,11 +79,11 @@ def _refuse(error: OSError) -> None:
 
 
 def _keys(names: list[str]) -> Iterator[str]:
-    """A key per picture: its path without the extension.
+    """Yield a key per picture: its path without the extension.
 
-    A dot would end the key early, and webdataset would then mix ``a.1.jpg`` with ``a.2.jpg``; other signs than letters,
-    digits, ``_``, ``-`` make trouble in shells or file systems. They become ``_``. A key that was changed this way,
-    or that another picture has already, gets a piece of the hash of the path, so that no two are alike.
+    A dot would end the key early, and webdataset would then mix ``a.1.jpg`` with ``a.2.jpg``. Characters other than
+    letters, digits, ``_`` and ``-`` cause trouble in shells or file systems. Both become ``_``. A key that was changed so,
+    or that another picture has already, gets a part of the hash of the path, so that all keys differ.
     """
     seen: set[str] = set()
     for name in names:

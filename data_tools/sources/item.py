@@ -1,4 +1,4 @@
-"""What every source yields: one sample that may become a record, or the reason why it cannot."""
+"""Define what every source yields: one sample that may become a record, or the reason why it cannot."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-FORMATS = ("folder", "csv", "tsv", "jsonl", "parquet", "txt")  # of sources
-# As img2dataset calls them in its parquet and stats files; the last one is ours.
+FORMATS = ("folder", "csv", "tsv", "jsonl", "parquet", "txt")  # formats of sources
+# The first three are img2dataset's names in its parquet and stats files; the last one is ours.
 SUCCESS = "success"
-FAILED_TO_DOWNLOAD = "failed_to_download"  # the picture's bytes could not be had, from the net or from the disk
-FAILED_TO_RESIZE = "failed_to_resize"  # there are bytes, but they are no picture that can be used
+FAILED_TO_DOWNLOAD = "failed_to_download"  # the picture's bytes could not be read, from the web or from the disk
+FAILED_TO_RESIZE = "failed_to_resize"  # there are bytes, but not of a usable picture
 NO_CAPTION = "no_caption"
 
 
 class Loss(Exception):
-    """One sample is left out. ``cause`` is for counting (few different ones), the message says it exactly."""
+    """The reason why a sample is lost. ``cause`` is one of few, for counting; the message is exact."""
 
     def __init__(self, status: str, cause: str, message: str | None = None) -> None:
         super().__init__(message or cause)
@@ -28,15 +28,15 @@ class Loss(Exception):
 
 @dataclass(frozen=True)
 class Item:
-    """One sample as its source names it.
+    """One sample of a source.
 
     Attributes:
         name: for people: a path, or a table and its row.
         key: its key in the shard; None: numbered, as img2dataset does.
         picture: a file, a URL (text), or the bytes themselves.
-        caption: without white space around it; None: there is none, and none is needed.
-        columns: everything else that the source says of it.
-        loss: set: it is left out, for this reason.
+        caption: without surrounding white space; None: there is none, and none is required.
+        columns: everything else that the source states about it.
+        loss: why the sample is lost; None: it is not.
     """
 
     name: str
@@ -48,15 +48,15 @@ class Item:
 
 
 class Chunk(Protocol):
-    """The samples of one shard; small, since it is sent to another process."""
+    """The samples of one shard. Small, since it is sent to another process."""
 
     @property
     def samples(self) -> int:
-        """How many items there are."""
+        """Number of items."""
         ...
 
     def items(self) -> Iterator[Item]:
-        """Read them, in order."""
+        """Read the items, in order."""
         ...
 
 
@@ -65,11 +65,11 @@ class Source:
     """A source, cut into shards.
 
     Attributes:
-        kind: as ``--input-format`` names it.
+        kind: its format, as ``--input-format`` names it.
         chunks: one per shard.
         fingerprint: changes with the source's files, their sizes or times.
-        online: pictures are downloaded.
-        note: what was chosen by itself, for people.
+        online: whether pictures are downloaded.
+        note: what was detected, for people.
     """
 
     kind: str
@@ -80,7 +80,7 @@ class Source:
 
 
 def read_caption(caption: object, needed: bool) -> tuple[str | None, Loss | None]:
-    """The caption to keep, or why the sample is left out; None and None: it has no caption, and needs none."""
+    """Return the caption to keep, or why the sample is lost; (None, None) if it has no caption and needs none."""
     if isinstance(caption, str) and caption.strip():
         try:
             caption.encode("utf-8")
@@ -94,7 +94,7 @@ def read_caption(caption: object, needed: bool) -> tuple[str | None, Loss | None
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON can say it: no NaN, no half surrogates, dates as ISO 8601, bytes as base64."""
+    """Convert ``value`` for JSON: no NaN, no half surrogates, dates as ISO 8601, bytes as base64."""
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""Parquet tables: a shard reads its own rows only, out of the row groups that hold them."""
+"""Read parquet tables: a shard reads only its own rows, from the row groups that hold them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from data_tools.sources.columns import Columns, row_item
 from data_tools.sources.item import Item
 from megamoe.core.errors import DataError
 
-_BATCH = 1024  # rows in memory at a time; they may hold pictures
+_BATCH = 1024  # rows in memory at a time; they may contain pictures
 
 
 @dataclass(frozen=True)
 class ParquetChunk:
-    """``samples`` rows from number ``first`` (from 0) on."""
+    """``samples`` rows of a parquet table from row ``first`` (from 0) on."""
 
     path: Path
     columns: Columns
@@ -59,10 +59,10 @@ class ParquetChunk:
 
 
 def parquet_header(path: Path) -> tuple[str, ...]:
-    """The names of the columns.
+    """Read the names of the columns.
 
     Raises:
-        DataError: not a parquet file.
+        DataError: the file is not parquet.
     """
     try:
         return tuple(pq.read_schema(path).names)
@@ -71,7 +71,7 @@ def parquet_header(path: Path) -> tuple[str, ...]:
 
 
 def cut_parquet(path: Path, columns: Columns, shard_size: int) -> Iterator[ParquetChunk]:
-    """One chunk per shard."""
+    """Yield one chunk per shard."""
     with pq.ParquetFile(path) as table:
         rows = table.metadata.num_rows
     for first in range(0, rows, shard_size):
@@ -80,5 +80,5 @@ def cut_parquet(path: Path, columns: Columns, shard_size: int) -> Iterator[Parqu
 
 def _unreadable(path: Path, error: Exception) -> DataError:
     return DataError(
-        f"{path}: cannot be read as parquet ({' '.join(str(error).split())}); check what it is or copy it again"
+        f"{path}: cannot be read as parquet ({' '.join(str(error).split())}); check its format or copy it again"
     )

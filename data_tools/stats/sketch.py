@@ -1,7 +1,7 @@
-"""Any number of numbers in bounded memory: exact count, range, mean and deviation; quantiles to a quarter per cent.
+"""Summarise numbers in bounded memory: exact count, range, mean and deviation; quantiles to a quarter per cent.
 
 Buckets grow by a constant ratio, as in DDSketch (Masson, Rim and Lee, VLDB 2019). The same numbers give the same buckets
-in any order, and sketches of parts add up to the sketch of the whole, so that nothing depends on the number of processes.
+in any order, and the sketches of parts add up to the sketch of the whole, so the number of processes does not matter.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_RATIO = math.log(1.005)  # a bucket's upper end over its lower end
-_LEAST, _MOST = 1e-9, 1e15  # what is smaller counts as zero; what is larger shares a bucket
+_RATIO = math.log(1.005)  # ratio of a bucket's upper end to its lower end
+_LEAST, _MOST = 1e-9, 1e15  # smaller numbers count as zero; larger ones share a bucket
 _SHIFT = 5000  # more than the number of buckets below 1
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
 @dataclass
 class Sketch:
-    """Numbers that were added. At most 22,000 buckets."""
+    """The distribution of the numbers added, in at most 22,000 buckets."""
 
     count: int = 0
     least: float = math.inf
     most: float = -math.inf
     mean: float = 0.0
-    whole: bool = True  # all numbers are whole ones
+    whole: bool = True  # whether all numbers are whole
     _squares: float = 0.0  # sum of squared distances from the mean
     _buckets: dict[int, int] = field(default_factory=dict)
 
@@ -57,7 +57,7 @@ class Sketch:
             self._buckets[bucket] = self._buckets.get(bucket, 0) + count
 
     def quantile(self, share: float) -> float:
-        """The number that ``share`` (0 to 1) of the numbers are at most; exact for whole numbers up to 200."""
+        """Return the quantile at ``share`` (0 to 1); exact for whole numbers up to 200."""
         rank, below = share * (self.count - 1), 0
         for bucket in sorted(self._buckets):
             below += self._buckets[bucket]
@@ -68,17 +68,17 @@ class Sketch:
         return self.most
 
     def deviation(self) -> float:
-        """Standard deviation."""
+        """Return the standard deviation."""
         return math.sqrt(max(self._squares, 0.0) / self.count) if self.count else 0.0
 
     def is_skewed(self) -> bool:
-        """Whether a logarithmic axis shows more of the numbers; probabilities are easier to read on a linear one."""
+        """Return whether a logarithmic axis suits the numbers; probabilities are easier to read on a linear one."""
         return self.least >= 1 and self.quantile(0.99) > 30 * self.quantile(0.05)
 
     def histogram(self, bins: int = 40) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Edges (at most ``bins`` + 1) and counts; the edges are logarithmic for what is skewed.
+        """Return edges (at most ``bins`` + 1) and counts; the edges are logarithmic if the numbers are skewed.
 
-        Few whole numbers get a bin each. A bucket that lies across an edge is shared out by length.
+        Few whole numbers get a bin each. A bucket that crosses an edge is divided in proportion to length.
         """
         if self.whole and self.most - self.least < bins:
             edges = np.arange(self.least - 0.5, self.most + 1.0)
@@ -92,7 +92,7 @@ class Sketch:
         for bucket in sorted(self._buckets):
             low, high = (min(max(end, self.least), self.most) for end in _ends(bucket))
             if self.whole:
-                # the whole numbers in the bucket; narrow ones hold one, which lies in the middle of its own bin
+                # A narrow bucket holds one whole number, which lies in the middle of its own bin.
                 low, high = (low, high) if high - low > 2 else (round((low + high) / 2),) * 2
             if high > low:
                 shares = np.diff(np.clip(edges, low, high)) / (high - low)
@@ -103,7 +103,7 @@ class Sketch:
         return edges, counts
 
     def as_json(self) -> dict[str, Any]:
-        """All of the above under plain names."""
+        """Return all figures under plain names."""
         if not self.count:
             return {"count": 0}
         edges, counts = self.histogram()

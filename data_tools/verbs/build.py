@@ -1,7 +1,7 @@
-"""`megamoe data build`: image-text shards from a folder of pictures, a table, or a list of URLs.
+"""Build image-text shards from a folder of pictures, a table or a list of URLs: `megamoe data build`.
 
-What is to be made is written to ``OUT/build.json`` first. A later call with the same source and options goes on where
-the last one ended; one with others is refused, since its shards would not fit those that are there.
+The plan is written to ``OUT/build.json`` first. A later call with the same source and options resumes where the last one
+ended. One with others is refused, since its shards would not fit the existing ones.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Any
 
 from data_tools.distribute.jobs import map_jobs
 from data_tools.sources.columns import Names
+from data_tools.sources.detect import open_source
 from data_tools.sources.download import DownloadOptions
 from data_tools.sources.item import FAILED_TO_DOWNLOAD, Source
-from data_tools.sources.recognise import open_source
 from data_tools.writing.build_shard import STATUSES, PictureOptions, ShardJob, first_loss, make_shard
 from megamoe.core.errors import DataError, UserError
 from megamoe.core.files import atomic_file
 
 PLAN = "build.json"
 _FORMAT = 1
-_SHOWN = 5  # causes in the report for people
+_SHOWN = 5  # causes named in the text of the report
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How shards are made. ``shard_size`` is in samples; ``input_format`` None: told by what the source is."""
+    """How shards are built. ``shard_size`` is in samples; ``input_format`` None: detected."""
 
     shard_size: int = 10_000
     input_format: str | None = None
@@ -41,7 +41,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a source: ``totals`` as in the shards' stats; ``done`` shards were there already."""
+    """The outcome of a build: ``totals`` as in the shards' stats; ``done`` shards were finished before."""
 
     source: Source
     out: Path
@@ -53,11 +53,11 @@ class Report:
 
     @property
     def lost(self) -> int:
-        """Samples that are in no shard."""
+        """Number of samples that are in no shard."""
         return self.totals["count"] - self.totals["successes"]
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """Return the report for ``--json``."""
         keys = ("count", "successes", *STATUSES, "bytes")
         found = {"format": self.source.kind, "shards": self.shards, "shards_done_before": self.done}
         causes = {"status_dict": dict(self.causes.most_common()), "first_lost": self.first_lost}
@@ -73,16 +73,16 @@ class Report:
         causes = [f"{count} {cause}" for cause, count in self.causes.most_common() if cause != "success"]
         more = f"; {len(causes) - _SHOWN} more causes" if len(causes) > _SHOWN else ""
         return (
-            f"{text}; {self.lost} of {self.totals['count']} left out: {'; '.join(causes[:_SHOWN])}{more}{first} "
+            f"{text}; {self.lost} of {self.totals['count']} lost: {'; '.join(causes[:_SHOWN])}{more}{first} "
             "(all: error_message in the .parquet beside each shard)"
         )
 
 
 def plan(source: Path, options: BuildOptions) -> Source:
-    """Say what ``source`` is and how it is cut, and write nothing.
+    """Detect what ``source`` is and cut it into shards, without writing anything.
 
     Raises:
-        DataError: as :func:`data_tools.sources.recognise.open_source`.
+        DataError: as :func:`data_tools.sources.detect.open_source`.
     """
     return open_source(source, options.shard_size, options.names, options.input_format)
 
@@ -96,32 +96,32 @@ def build(
     cluster: str | None = None,
     retry_failed: bool = False,
 ) -> Report:
-    """Make the shards of the source ``path`` in ``out``, in ``processes`` processes (None: one per core).
+    """Build the shards of the source ``path`` in ``out``, in ``processes`` processes (None: one per core).
 
-    Online, there are no more shards under way than ``per_host``, and each gets its share of it: the limit is for all
-    together, on a cluster too. With ``retry_failed`` what could not be downloaded for shards that are done is asked for
-    once more; what they have stays.
+    When downloading, at most ``per_host`` shards are in progress, and each gets its share of ``per_host``: the limit
+    holds for all of them together, on a cluster too. With ``retry_failed``, failed downloads of finished shards are
+    retried; the samples already in them stay.
 
     Raises:
         DataError: the source cannot be read, or ``out`` holds something else.
         UserError: more processes than ``per_host`` were asked for.
     """
     if out.exists() and path.exists() and out.samefile(path):
-        raise DataError(f"{out}: is the source; shards need a folder of their own")
+        raise DataError(f"{out}: is the source; write the shards to another folder")
     source = plan(path, options)
     download, at_most = options.download, None
     if source.online:
         if processes is not None and processes > download.per_host:
             raise UserError(
-                f"--processes {processes}: more than --per-host {download.per_host}, which is for all of them together; "
-                "raise that or take fewer"
+                f"--processes {processes}: more than --per-host {download.per_host}, which all of them share; "
+                "raise --per-host or use fewer processes"
             )
         wanted = processes or (download.per_host if cluster else len(os.sched_getaffinity(0)))
         at_most = min(wanted, download.per_host, len(source.chunks))
         download = replace(download, per_host=download.per_host // at_most)
         processes = processes if cluster else at_most
     elif retry_failed:
-        raise UserError(f"--retry-failed: nothing is downloaded for {path}; leave it out")
+        raise UserError(f"--retry-failed: nothing is downloaded for {path}; omit --retry-failed")
     _claim(out, source, options)
     digits = len(str(options.shard_size - 1))
     jobs = [
@@ -137,7 +137,7 @@ def build(
 
 
 def _claim(out: Path, source: Source, options: BuildOptions) -> None:
-    """Write down what ``out`` is made of, or check that it is made of the same."""
+    """Record the source and options of ``out``, or check that they are the recorded ones."""
     wanted = {"format": _FORMAT, "source": {"kind": source.kind, "fingerprint": source.fingerprint}, **_lasting(options)}
     wanted = json.loads(json.dumps(wanted, default=str))
     path = out / PLAN
@@ -148,7 +148,7 @@ def _claim(out: Path, source: Source, options: BuildOptions) -> None:
             raise DataError(f"{path}: cannot be read; remove {out} or write to another folder") from error
         if found != wanted:
             raise DataError(f"{out}: begun with another {_difference(found, wanted)}; remove it or write to another folder")
-        for left in out.glob(".*.tmp"):  # of a build that was killed
+        for left in out.glob(".*.tmp"):  # unfinished files of a killed build
             left.unlink(missing_ok=True)
     elif out.is_dir() and next(out.glob("*.tar"), None):
         raise DataError(f"{out}: holds shards that are not of this build; write to another folder")
@@ -158,7 +158,7 @@ def _claim(out: Path, source: Source, options: BuildOptions) -> None:
 
 
 def _lasting(options: BuildOptions) -> dict[str, Any]:
-    """The options that change what is in the shards; how fast they are downloaded does not."""
+    """Return the options that change the content of the shards, in contrast to the speed of downloads."""
     download = {key: getattr(options.download, key) for key in ("max_bytes", "disallowed", "private_hosts")}
     return {
         "shard_size": options.shard_size,
@@ -191,7 +191,7 @@ def _stats(job: ShardJob) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(job.stats.read_bytes())
         int(content["successes"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{job.stats}: cannot be read; remove it, and the shard is made again") from error
+        raise DataError(f"{job.stats}: cannot be read; remove it to build the shard again") from error
     return content
 
 

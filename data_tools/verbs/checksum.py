@@ -1,4 +1,4 @@
-"""`megamoe data checksum`: SHA-256 of shards, in the files that ``sha256sum -c`` of coreutils reads.
+"""Write and verify the SHA-256 of shards, in files that ``sha256sum -c`` of coreutils reads: `megamoe data checksum`.
 
 Each folder of shards gets its own ``SHA256SUMS``, so that it can be moved with its shards.
 """
@@ -18,7 +18,7 @@ from megamoe.core.errors import DataError
 from megamoe.core.files import atomic_file
 
 SUMS = "SHA256SUMS"
-_JOURNAL = f".{SUMS}.partial"  # what a run has done so far, one JSON object per line
+_JOURNAL = f".{SUMS}.partial"  # finished work of a run, one JSON value per line
 _LINE = re.compile(r"(\\?)([0-9a-f]{64}) [ *](.+)", re.DOTALL)
 _MAX_SUMS = 1 << 28  # bytes
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
@@ -26,7 +26,7 @@ _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 
 @dataclass
 class Verdict:
-    """Names of shards by what was found; ``not_asked``: listed and there, but not among those to verify."""
+    """The names of shards by result. ``not_asked`` counts listed, existing files that were not to be verified."""
 
     right: int = 0
     not_asked: int = 0
@@ -37,13 +37,13 @@ class Verdict:
 
     @property
     def bad(self) -> bool:
-        """Whether any shard is not known to be right."""
+        """Whether any shard failed or could not be verified."""
         return bool(self.differ or self.missing or self.no_sum or self.unreadable)
 
 
 @dataclass(frozen=True)
 class Written:
-    """Files of sums, how many shards they now tell of that were asked for, and which sums are not what they were."""
+    """The files of sums written, the number of shards in them (``resumed`` from an earlier run), and changed sums."""
 
     files: list[Path]
     shards: int
@@ -52,7 +52,7 @@ class Written:
 
 
 def sum_line(digest: str, name: str) -> str:
-    """A line as ``sha256sum`` writes it; a name with a backslash or a line break is escaped and the line marked."""
+    """Return a line as ``sha256sum`` writes it. If a name has a backslash or a line break, it is escaped and marked."""
     escaped = "".join(_ESCAPES.get(letter, letter) for letter in name)
     mark = "\\" if escaped != name else ""
     return f"{mark}{digest}  {escaped}\n"
@@ -71,12 +71,12 @@ def shard_sums(shards: Sequence[Path], processes: int | None = None) -> Iterator
 
 
 def write_sums(shards: Sequence[Path], processes: int | None = None) -> Written:
-    """Write SHA256SUMS into each folder of ``shards``, keeping its lines of other files that are there.
+    """Write SHA256SUMS into each folder of ``shards``, and keep its lines of other files.
 
-    Sums that a run before this one was stopped at are taken over, if size and time of their shards are the same.
+    Sums of an interrupted earlier run are reused if size and time of their shards are unchanged.
 
     Raises:
-        DataError: a shard cannot be read, a folder not written, or a SHA256SUMS that is there is none.
+        DataError: a shard cannot be read, a folder cannot be written, or an existing SHA256SUMS is not valid.
     """
     files: list[Path] = []
     changed: list[str] = []
@@ -84,14 +84,14 @@ def write_sums(shards: Sequence[Path], processes: int | None = None) -> Written:
     folders: dict[Path, list[Path]] = {}
     for shard in shards:
         folders.setdefault(shard.parent, []).append(shard)
-    old = {folder: read_sums(folder) for folder in folders}  # a file that is damaged is named before hours of work
+    old = {folder: read_sums(folder) for folder in folders}  # a damaged file is reported before hours of work
     for folder, own in folders.items():
         known = _read_journal(folder)
         new = {shard.name: known[key] for shard in own if (key := _state(shard)) in known}
         resumed += len(new)
         try:
             with open(folder / _JOURNAL, "a", encoding="utf-8") as journal:
-                journal.write("\n")  # the last line may be cut, as its run was
+                journal.write("\n")  # the last line of an interrupted run may be incomplete
                 for shard, digest in shard_sums([shard for shard in own if shard.name not in new], processes):
                     new[shard.name] = digest
                     journal.write(f"{json.dumps([*_state(shard), digest])}\n")
@@ -111,10 +111,10 @@ def write_sums(shards: Sequence[Path], processes: int | None = None) -> Written:
 
 
 def verify_sums(shards: Sequence[Path], processes: int | None = None) -> Verdict:
-    """Hold ``shards`` against the SHA256SUMS beside them. A shard that is listed there but is gone is missing.
+    """Compare ``shards`` with the SHA256SUMS beside them. A listed file that does not exist is missing.
 
     Raises:
-        DataError: a folder has no SHA256SUMS, or one that cannot be read.
+        DataError: a folder has no SHA256SUMS, or it cannot be read.
     """
     verdict = Verdict()
     sums: dict[Path, str] = {}
@@ -122,7 +122,7 @@ def verify_sums(shards: Sequence[Path], processes: int | None = None) -> Verdict
     for folder in dict.fromkeys(shard.parent for shard in shards):
         listed = read_sums(folder)
         if not listed:
-            raise DataError(f"{folder / SUMS}: no such file, or empty; make it with `megamoe data checksum --write`")
+            raise DataError(f"{folder / SUMS}: no such file, or empty; write it with `megamoe data checksum --write`")
         sums |= {folder / name: digest for name, digest in listed.items()}
         verdict.missing += [str(folder / name) for name in listed if not (folder / name).exists()]
         verdict.not_asked += sum((folder / name).exists() and folder / name not in asked for name in listed)
@@ -139,15 +139,15 @@ def verify_sums(shards: Sequence[Path], processes: int | None = None) -> Verdict
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """Name -> sum from FOLDER/SHA256SUMS; nothing if there is no such file.
+    """Return name -> sum from FOLDER/SHA256SUMS; empty if there is no such file.
 
     Raises:
-        DataError: it cannot be read, a line is no sum, or a name leads out of the folder.
+        DataError: it cannot be read, a line is not a sum, or a name leads out of the folder.
     """
     path = folder / SUMS
     try:
         if path.stat().st_size > _MAX_SUMS:
-            raise DataError(f"{path}: of more than {_MAX_SUMS} bytes; this is no file of sums, remove it")
+            raise DataError(f"{path}: larger than {_MAX_SUMS} bytes; this is no file of sums, remove it")
         text = path.read_bytes().decode("utf-8", "surrogateescape")
     except FileNotFoundError:
         return {}
@@ -159,7 +159,9 @@ def read_sums(folder: Path) -> dict[str, str]:
             continue
         match = _LINE.fullmatch(line)
         if match is None:
-            raise DataError(f"{path}, line {number}: is not `SHA256  NAME`; write it again with --write after removing it")
+            raise DataError(
+                f"{path}, line {number}: is not `SHA256  NAME`; remove the file and write it again with --write"
+            )
         name = match.group(3)
         if match.group(1):
             name = re.sub(r"\\([\\nr])", lambda escape: {"\\": "\\", "n": "\n", "r": "\r"}[escape.group(1)], name)

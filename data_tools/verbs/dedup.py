@@ -1,7 +1,7 @@
-"""`megamoe data dedup`: one of several equal or similar pictures stays, and none that an evaluation set shows.
+"""Keep one of several equal or similar pictures, and none of an evaluation set: `megamoe data dedup`.
 
-Every shard is read twice: once for the fingerprints of its samples, once to copy what stays. In between all
-fingerprints are compared in memory (32 bytes for a sample, 8 with ``near``, and about as much again to sort them).
+Every shard is read twice: once to fingerprint its samples, once to copy the kept ones. In between, all fingerprints are
+compared in memory (32 bytes per sample, 8 with ``near``, and about as much again to sort them).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from data_tools.similar.duplicates import find_duplicates
 from data_tools.similar.fingerprints import By, ShardToHash, hash_shard, load_fingerprints, load_keys
 from data_tools.writing.account import Account, whole_records
-from data_tools.writing.late_writer import LateWriter
+from data_tools.writing.lazy_writer import LazyWriter
 from data_tools.writing.out_folder import OutFolder, Source, open_source, output_names
 from megamoe.core.errors import DataError
 from megamoe.core.files import atomic_file
@@ -29,7 +29,7 @@ class _Shard:
     source: Path
     label: str
     target: Path | None
-    dropped: dict[int, str]  # place in the shard -> cause
+    dropped: dict[int, str]  # number of the sample in the shard -> cause
     fingerprints: Path
 
 
@@ -45,20 +45,20 @@ def dedup_shards(
 ) -> Account:
     """Write the samples of the shards ``spec`` to shards of the same names in ``out``, without duplicates.
 
-    A sample is dropped if it is equal or near to a sample of ``against``, or to one before it in the order of the
-    shards that is *kept*. So the first of equals stays, and whatever is dropped has a partner that stays; of a chain
-    of pictures, each near the next, more than one may stay. ``out/dropped.jsonl`` names each dropped sample, its
-    partner (the first that fits, those of ``against`` before all) and the cause. Samples without anything to compare
-    (no picture; with ``near`` also a damaged one, or one of a single colour) are kept and counted as not compared.
+    A sample is dropped if it is equal or near to a sample of ``against``, or to an earlier sample of the shards that is
+    *kept*. So the first of equal samples is kept, and every dropped sample has a kept partner. Of a chain of pictures, each
+    near the next, more than one may be kept. ``out/dropped.jsonl`` names each dropped sample, its partner (the first match,
+    with those of ``against`` before all others) and the cause. Samples with nothing to compare (no picture; with ``near``
+    also a damaged picture, or one of a single colour) are kept and counted as not compared.
 
     Args:
         spec: the shards.
-        out: gets the shards.
+        out: folder for the shards.
         by: ``image`` (sha256 of the picture's bytes), ``image+caption`` (its caption too), or ``near`` (perceptual hash).
-        distance: with ``near``, greatest number of differing bits of 64.
+        distance: with ``near``, maximum number of differing bits of 64.
         against: shards of an evaluation set; they are only read.
         processes: see :func:`data_tools.distribute.jobs.map_jobs`.
-        dry_run: count, write nothing.
+        dry_run: count without writing anything.
 
     Raises:
         DataError: the shards cannot be read, one is in both sets, or ``out`` belongs to something else.
@@ -67,7 +67,7 @@ def dedup_shards(
     names = output_names(source)
     evaluation = open_source(against) if against is not None else Source([], [], "")
     if both := {shard.resolve() for shard in source.shards} & {shard.resolve() for shard in evaluation.shards}:
-        raise DataError(f"--against: {min(both)} is in both sets, and nothing of it would stay; name other shards")
+        raise DataError(f"--against: {min(both)} is in both sets, so all its samples would be dropped; name other shards")
     request = {"source": source.state, "against": evaluation.state, "by": by, "distance": distance}
     folder = OutFolder(out, "dedup", request, dry_run=dry_run)
     folder.refuse_others(names)
@@ -83,7 +83,7 @@ def dedup_shards(
             ]
             files += [job.target for job in jobs]
             hashed = folder.do(hash_shard, jobs, label=f"hash {title}", processes=processes)
-            if which is evaluation:  # of these only what could not be compared matters
+            if which is evaluation:  # of the evaluation set, only losses matter
                 for name, reason in hashed.lost:
                     result.lose(f"--against {name}", reason)
         copies = _jobs(folder, names, source, evaluation, files, distance if by == "near" else None)
@@ -95,7 +95,7 @@ def dedup_shards(
 def _jobs(
     folder: OutFolder, names: list[str], source: Source, evaluation: Source, files: list[Path], distance: int | None
 ) -> list[_Shard]:
-    """Find the duplicates, name them in ``dropped.jsonl``, and say for each shard which of its samples to leave out.
+    """Find the duplicates, name them in ``dropped.jsonl``, and return for each shard which of its samples to drop.
 
     ``files`` are the fingerprints of the evaluation set, then of the source.
     """
@@ -103,7 +103,7 @@ def _jobs(
     protected = len(evaluation.labels)
     causes: list[dict[int, str]] = [{} for _ in labels]
     keys = functools.lru_cache(maxsize=64)(lambda shard: load_keys(files[shard]))
-    # in a dry run the list is not kept: it goes into the temporary folder that holds the fingerprints
+    # A dry run does not keep the list: it goes into the temporary folder with the fingerprints.
     listing = files[0].with_name(DROPPED) if folder.dry_run else folder.path / DROPPED
     with atomic_file(listing) as file:
         for (shard, sample), (other_shard, other), bits in find_duplicates(files, protected, distance):
@@ -126,7 +126,7 @@ def _jobs(
 def _copy_shard(job: _Shard) -> Account:
     account = Account()
     comparable = load_fingerprints(job.fingerprints).comparable
-    with LateWriter(job.target) as writer:
+    with LazyWriter(job.target) as writer:
         for i, record in enumerate(whole_records(job.source, job.label, account)):
             if i in job.dropped:
                 account.dropped[job.dropped[i]] += 1

@@ -1,4 +1,4 @@
-"""`megamoe data filter`: the samples of a set that satisfy conditions, one output shard per input shard."""
+"""Keep the samples of a set that satisfy conditions, one output shard per input shard: `megamoe data filter`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_tools.checks.conditions import Conditions
 from data_tools.writing.account import Account, whole_records
-from data_tools.writing.late_writer import LateWriter
+from data_tools.writing.lazy_writer import LazyWriter
 from data_tools.writing.out_folder import OutFolder, open_source, output_names
 from megamoe.core.errors import UserError
 
@@ -26,7 +26,7 @@ def filter_shards(
 ) -> Account:
     """Write the samples of the shards ``spec`` that satisfy ``conditions`` to shards of the same names in ``out``.
 
-    A sample is counted under the first condition that it fails. Shards that no sample is left of are not written.
+    A dropped sample is counted under the first condition that it fails. Shards without any kept sample are not written.
 
     Raises:
         UserError: no condition is given.
@@ -50,7 +50,7 @@ def filter_shards(
 
 def _filter_shard(job: _Shard) -> Account:
     account = Account()
-    with LateWriter(job.target) as writer:
+    with LazyWriter(job.target) as writer:
         for record in whole_records(job.source, job.label, account):
             cause, missing = job.conditions.judge(record)
             if cause is not None:

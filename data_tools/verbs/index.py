@@ -1,4 +1,4 @@
-"""Indexes of many shards at once; what has a current index is not read again."""
+"""Index many shards at once, and skip those with a current index: `megamoe data index`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from data_tools.distribute.jobs import map_jobs
 from megamoe.core.errors import DataError
 from megamoe.data.shards.index import ShardIndex, build_index, index_path, load_index, write_index
 
-_NAMED = 10  # samples left out that are named for each shard; its index names them all
+_NAMED = 10  # lost samples named per shard; its index names all
 
 
 @dataclass
 class IndexTotals:
-    """What :func:`index_shards` found. Samples are counted over all shards that have an index, skipped ones too."""
+    """The result of :func:`index_shards`. Samples are counted over all shards with an index, including skipped ones."""
 
     shards: int
     samples: int = 0
@@ -25,7 +25,7 @@ class IndexTotals:
     duplicates: int = 0
     skipped: int = 0  # shards whose index was current
     unusable: list[dict[str, str]] = field(default_factory=list)  # {"shard": path, "reason": text}
-    bytes: int = 0  # of the shards with an index
+    bytes: int = 0  # sum over the shards with an index
     seconds: float = 0.0
 
 
@@ -36,7 +36,7 @@ class _Task(NamedTuple):
 
 
 class _Outcome(NamedTuple):
-    """What one shard came to; without ``unusable`` the numbers are those of its index."""
+    """The result for one shard; unless it is ``unusable``, the numbers are those of its index."""
 
     samples: int = 0
     incomplete: int = 0
@@ -44,7 +44,7 @@ class _Outcome(NamedTuple):
     bytes: int = 0
     skipped: bool = False
     unusable: str = ""
-    left_out: str = ""  # samples of a shard that was read now
+    lost: str = ""  # names the lost samples of a shard that was read now
 
 
 def index_shards(
@@ -57,8 +57,8 @@ def index_shards(
 ) -> IndexTotals:
     """Write the index of each of ``shards``, beside it or into ``out``, unless it has one that is current.
 
-    ``say`` gets one line for each shard that cannot be used or from which samples were left out; the other shards go on.
-    After a kill the same call does the rest. ``force`` reads all shards. See :func:`map_jobs` for the other two.
+    ``say`` receives one line for each shard that cannot be used or that has lost samples; the other shards are still
+    indexed. After a kill, the same call does the rest. ``force`` reads all shards. For ``processes`` see :func:`map_jobs`.
     """
     began = time.monotonic()
     totals = IndexTotals(len(shards))
@@ -71,14 +71,14 @@ def index_shards(
         totals.skipped += outcome.skipped
         if outcome.unusable:
             totals.unusable.append({"shard": str(task.shard), "reason": outcome.unusable})
-        if line := outcome.unusable or outcome.left_out:
+        if line := outcome.unusable or outcome.lost:
             say(line)
     totals.seconds = time.monotonic() - began
     return totals
 
 
 def current_index(shard: Path, out: Path | None) -> ShardIndex | None:
-    """The index of ``shard`` if it can be read and is not older than the shard."""
+    """Return the index of ``shard`` if it can be read and is not older than the shard; otherwise None."""
     try:
         return load_index(shard, out)
     except DataError:
@@ -96,13 +96,13 @@ def _index(task: _Task) -> _Outcome:
             return _Outcome(unusable=str(error))
         write_index(index, index_path(shard, out))
     header = index.header
-    left_out = "" if skipped else _left_out(shard, index)
-    return _Outcome(header.samples, header.incomplete, header.duplicates, header.bytes, skipped, "", left_out)
+    lost = "" if skipped else _lost_samples(shard, index)
+    return _Outcome(header.samples, header.incomplete, header.duplicates, header.bytes, skipped, "", lost)
 
 
-def _left_out(shard: Path, index: ShardIndex) -> str:
+def _lost_samples(shard: Path, index: ShardIndex) -> str:
     problems = [f"{key}: {why}" for key, why in index.incomplete] + [f"{key}: twice" for key in index.duplicates]
     if not problems:
         return ""
     more = f"; and {len(problems) - _NAMED} more, which its index names" if len(problems) > _NAMED else ""
-    return f"shard {shard}: {len(problems)} samples left out ({'; '.join(problems[:_NAMED])}{more})"
+    return f"shard {shard}: {len(problems)} samples lost ({'; '.join(problems[:_NAMED])}{more})"

@@ -1,6 +1,6 @@
-"""`megamoe data repair`: from damaged shards to whole ones, with every good sample and a list of every lost one.
+"""Write intact shards from damaged ones, with every good sample and a list of every lost one: `megamoe data repair`.
 
-How a wrong pair is ruled out: :mod:`data_tools.checks.repair_plan`. Sources are only read.
+:mod:`data_tools.checks.repair_plan` explains how wrong pairs are ruled out. Source shards are only read.
 Memory: names and offsets of one shard's members, and one sample.
 """
 
@@ -30,7 +30,7 @@ _EXAMPLES = 5
 
 @dataclass(frozen=True)
 class ShardRepair:
-    """What became of one shard."""
+    """The outcome for one shard."""
 
     shard: str
     action: str
@@ -38,11 +38,11 @@ class ShardRepair:
     lost: dict[str, int]  # by cause
     passed_over: int  # bytes
     notes: list[str]
-    examples: list[Lost]  # the first few; NAME.lost.jsonl has all
+    examples: list[Lost]  # the first few losses; NAME.lost.jsonl has all
 
 
 class Job(NamedTuple):
-    """A shard, the folder for its repaired copy, and how."""
+    """A shard to repair, the folder for its repaired copy, and the options."""
 
     shard: Path
     out: Path
@@ -53,26 +53,26 @@ class Job(NamedTuple):
 def repair_shards(
     shards: Sequence[Path], out: Path, decode: bool, dry_run: bool, processes: int | None = None
 ) -> Iterator[ShardRepair]:
-    """Write to ``out`` a whole shard for each of ``shards``, and yield what became of it, in order.
+    """Write an intact shard to ``out`` for each of ``shards``, and yield the outcomes in order.
 
     A shard without a fault is copied byte for byte. A shard that an earlier run finished is not read again.
 
     Raises:
-        DataError: two shards have one name, or ``out`` is where the shards are.
+        DataError: two shards have the same name, or ``out`` is the folder of the shards.
     """
     names = Counter(shard.stem for shard in shards)
     for shard in shards:
         if names[shard.stem] > 1:
-            raise DataError(f"shard {shard}: another one has the name {shard.stem}; repair each into a folder of its own")
+            raise DataError(f"shard {shard}: another shard has the name {shard.stem}; repair each into its own folder")
         if os.path.realpath(out / shard.name) == os.path.realpath(shard):
-            raise DataError(f"{out}: holds {shard.name} itself, and a source is never changed; name another folder")
+            raise DataError(f"{out}: holds the source {shard.name} itself, which is never changed; name another folder")
     jobs = [Job(shard, out, decode, dry_run) for shard in shards]
     for _, result in map_jobs(repair_shard, jobs, label="repair", processes=processes):
         yield result
 
 
 def repair_shard(job: Job) -> ShardRepair:
-    """Repair one shard. Its list of the lost is written before it, and a note that it is done after it."""
+    """Repair one shard. The list of losses is written before it, and the note that it is finished after it."""
     try:
         file, state = open_for_walk(job.shard)
     except DataError as error:
@@ -96,7 +96,7 @@ def repair_shard(job: Job) -> ShardRepair:
         after = os.fstat(file.fileno())
         if (after.st_size, after.st_mtime_ns) != (state.st_size, state.st_mtime_ns):
             raise DataError(f"shard {job.shard}: changed while it was read; wait until it is written, then run this again")
-    notes = [] if found.ended else ["has no end blocks: if it was cut there, nothing tells what followed"]
+    notes = [] if found.ended else ["has no end blocks: if it was cut there, what followed is unknown"]
     notes += [f"{found.parts} tars joined"] if found.parts > 1 else []
     result = ShardRepair(
         str(job.shard),
@@ -138,7 +138,7 @@ def _whole(file: BinaryIO, member: Member) -> bytes:
     file.seek(member.offset)
     data = file.read(member.size)
     if len(data) < member.size:
-        raise DataError(f"{member.name}: its shard became shorter while it was read; run this again")
+        raise DataError(f"{member.name}: its shard was truncated while it was read; run this again")
     return data
 
 
@@ -147,7 +147,7 @@ def _note(job: Job) -> Path:
 
 
 def _done(job: Job, source: dict[str, Any]) -> ShardRepair | None:
-    """The result of an earlier run, if that was of these very bytes and its shard is still there."""
+    """Return the result of an earlier run, if it read exactly these bytes and its shard still exists."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         note = json.loads(_note(job).read_bytes())
         fields = note["result"]

@@ -1,11 +1,10 @@
-"""`megamoe data reshard`: the same samples in shards of equal size, in the same order or globally shuffled.
+"""Write the same samples in shards of equal size, in order or globally shuffled: `megamoe data reshard`.
 
-First the headers of all shards are read once, which says where each sample lies (24 bytes per sample in a file). Then
-every output shard fetches its samples from wherever they lie, so output shards are independent: they are made in
-parallel, and a killed run goes on with those that are missing. With ``shuffle`` that is one read at a random place per
-sample. The other way, through bucket files, reads and writes everything twice and needs as much free space again; it
-would be faster only where seeks are slow (spinning disks). Within an output shard, reads go through each source shard
-from front to back.
+First the headers of all shards are read once, to record where each sample lies (24 bytes per sample in a file). Then every
+output shard fetches its samples from wherever they lie. So output shards are independent: they are written in parallel,
+and a killed run resumes with the missing ones. With ``shuffle``, each sample takes one read at a random place. The
+alternative, bucket files, reads and writes everything twice and needs as much free space again; it would be faster only
+if seeks are slow (spinning disks). For one output shard, each source shard is read from front to back.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from data_tools.writing.spans import SPAN, ShardToScan, read_span, scan_shard
 from megamoe.core.errors import DataError
 from megamoe.core.files import atomic_file
 
-_TAR_RECORD = 10240  # tars are padded to a multiple of this, after 1,024 bytes that mark the end
+_TAR_RECORD = 10240  # bytes; tars are padded to a multiple, after 1,024 bytes that mark the end
 _TAR_END = 1024
-_BYTES_PER_POSITION = 64  # of memory while a piece of the order is sorted
-_PIECE = 1 << 20  # samples whose sizes are looked at together
+_BYTES_PER_POSITION = 64  # bytes of memory while a piece of the order is sorted
+_PIECE = 1 << 20  # samples whose sizes are processed together
 
 Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """An output shard: positions ``start`` to ``end`` of the order kept in ``plan``."""
+    """An output shard: positions ``start`` to ``end`` of the order stored in ``plan``."""
 
     name: str
     start: int
@@ -60,19 +59,19 @@ def reshard_shards(
 ) -> Account:
     """Write all samples of the shards ``spec`` to ``out/00000.tar``, ``out/00001.tar``, ...
 
-    A key that comes again within an output shard gets the first of ``<key>-2``, ``<key>-3``, ... that is free; such
-    samples are counted as renamed. Only the name in the tar changes, not what a json may say of it; a later split by
-    keys sees the new one.
+    A repeated key within an output shard becomes the first free one of ``<key>-2``, ``<key>-3``, ...; such samples are
+    counted as renamed. Only the name in the tar changes, not the content of a json. A later split by keys uses the new
+    key.
 
     Args:
         spec: the shards.
-        out: gets the new shards.
-        shard_size: samples of each shard but the last, or
-        shard_bytes: greatest size of a tar; only one with a single larger sample exceeds it.
-        seed: of a uniform permutation of all samples; None: the order stays.
-        memory: bytes that all processes together hold of samples at a time, and while sorting of the order.
+        out: folder for the new shards.
+        shard_size: samples of each shard except the last; give either this or ``shard_bytes``.
+        shard_bytes: maximum size of a tar; only a tar with a single larger sample exceeds it.
+        seed: seed of a uniform permutation of all samples; None: the order stays.
+        memory: bytes that all processes together use for samples, and before that for sorting the order.
         processes: see :func:`data_tools.distribute.jobs.map_jobs`.
-        dry_run: count, write nothing.
+        dry_run: count without writing anything.
 
     Raises:
         DataError: the shards cannot be read or hold no sample, or ``out`` belongs to something else.
@@ -87,7 +86,7 @@ def reshard_shards(
     with folder.scratch() as plan:
         scanned = _scan(folder, source, plan, processes)
         if not scanned.kept:
-            raise DataError(f"shards {spec!r}: hold no whole sample; check them with `megamoe data index`")
+            raise DataError(f"shards {spec!r}: hold no sample; check them with `megamoe data index`")
         _write_order(plan, scanned.kept, seed, memory // _BYTES_PER_POSITION)
         ends = _ends(plan, scanned.kept, shard_size, shard_bytes)
         width = max(5, len(str(len(ends) - 1)))
@@ -110,7 +109,7 @@ def reshard_shards(
 
 
 def _scan(folder: OutFolder, source: Source, plan: Path, processes: int | None) -> Account:
-    """Write to ``plan`` where the samples lie: of all shards together, with the number of the first of each."""
+    """Write to ``plan`` where the samples of all shards lie, and the number of the first sample of each shard."""
     jobs = [
         ShardToScan(f"scan-{i:06d}", shard, label, plan / f"scan-{i:06d}.spans")
         for i, (shard, label) in enumerate(zip(source.shards, source.labels, strict=True))
@@ -129,7 +128,7 @@ def _scan(folder: OutFolder, source: Source, plan: Path, processes: int | None) 
 
 
 def _write_order(plan: Path, samples: int, seed: int | None, piece: int) -> None:
-    """Write which sample comes at each position: int64, raw."""
+    """Write which sample comes at each position, as raw int64."""
     pieces = (
         (np.arange(first, min(first + _PIECE, samples)) for first in range(0, samples, _PIECE))
         if seed is None
@@ -141,7 +140,7 @@ def _write_order(plan: Path, samples: int, seed: int | None, piece: int) -> None
 
 
 def _ends(plan: Path, samples: int, shard_size: int | None, shard_bytes: int | None) -> list[int]:
-    """The position at which each output shard ends."""
+    """Return the position at which each output shard ends."""
     if shard_size is not None:
         return [*range(shard_size, samples, shard_size), samples]
     assert shard_bytes is not None
@@ -177,7 +176,7 @@ def _write_shard(job: _Shard) -> Account:
 
 
 def _windows(lengths: Ids, memory: int) -> Iterator[slice]:
-    """Cut positions into runs whose samples fit in ``memory`` together; a larger sample is a run of its own."""
+    """Cut positions into runs whose samples fit in ``memory`` together; a larger sample is its own run."""
     start = held = 0
     for position, length in enumerate(lengths.tolist()):
         if held and held + length > memory:
@@ -188,7 +187,7 @@ def _windows(lengths: Ids, memory: int) -> Iterator[slice]:
 
 
 def _fetch(ids: Ids, spans: np.ndarray, paths: Sequence[str], starts: Ids) -> list[Record]:
-    """The samples ``ids`` in that order, read in the order in which they lie."""
+    """Return the samples ``ids`` in that order, but read them in the order of the shards."""
     records: dict[int, Record] = {}
     ascending = np.sort(ids)
     shards = np.searchsorted(starts, ascending, side="right") - 1
@@ -212,14 +211,14 @@ def _open(plan: Path, name: str, dtype: np.dtype | str) -> np.ndarray:
 
 
 class _Keys:
-    """The keys of one output shard, all different."""
+    """Make the keys of one output shard unique."""
 
     def __init__(self) -> None:
         self._used: set[str] = set()
         self._next: dict[str, int] = {}
 
     def free(self, key: str) -> str:
-        """``key``, or if it is used ``<key>-<n>`` with the first free n from 2 on."""
+        """Return ``key``, or if it is used, ``<key>-<n>`` with the first free n from 2 on."""
         free = key
         while free in self._used:
             number = self._next.get(key, 2)

@@ -1,4 +1,4 @@
-"""`megamoe data split`: a set in parts, such as training and validation, by the keys of the samples."""
+"""Split a set into parts, such as training and validation, by the keys of the samples: `megamoe data split`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from data_tools.writing.account import Account, whole_records
-from data_tools.writing.late_writer import LateWriter
+from data_tools.writing.lazy_writer import LazyWriter
 from data_tools.writing.out_folder import OutFolder, open_source, output_names
 from megamoe.core.errors import UserError
 from megamoe.data.shards.held_out import bounds, key_hash
@@ -36,21 +36,21 @@ def split_shards(
     processes: int | None = None,
     dry_run: bool = False,
 ) -> Account:
-    """Write each sample of the shards ``spec`` to ``out/<name>`` of the part that its key falls into.
+    """Write each sample of the shards ``spec`` to ``out/<name>`` of the part that its key belongs to.
 
-    Within a part the shards keep their names and the samples their order. The part follows from the key alone
-    (:mod:`megamoe.data.shards.held_out`): sets that share keys are split alike, however they are cut into shards.
+    Within a part, shards keep their names and samples their order. The part depends on the key alone
+    (:mod:`megamoe.data.shards.held_out`), so sets that share keys are split alike, however they are sharded.
 
     Args:
         spec: the shards.
-        out: gets a folder per part.
-        names: of the parts.
-        shares: of the parts, as decimal numbers; together 1.
+        out: receives a folder per part.
+        names: names of the parts.
+        shares: shares of the parts, as decimal numbers; their sum is 1.
         processes: see :func:`data_tools.distribute.jobs.map_jobs`.
-        dry_run: count, write nothing.
+        dry_run: count without writing anything.
 
     Raises:
-        UserError: names and shares do not describe a split.
+        UserError: names and shares do not define a split.
         DataError: the shards cannot be read, or ``out`` belongs to something else.
     """
     exact = _checked(names, shares)
@@ -73,7 +73,7 @@ def split_shards(
 def _split_shard(job: _Shard) -> Account:
     account = Account()
     with ExitStack() as stack:
-        writers = [stack.enter_context(LateWriter(target)) for target in job.targets]
+        writers = [stack.enter_context(LazyWriter(target)) for target in job.targets]
         for record in whole_records(job.source, job.label, account):
             writers[bisect_right(job.bounds, key_hash(record.key))].write(record)
     for part, writer in zip(job.parts, writers, strict=True):
@@ -84,16 +84,16 @@ def _split_shard(job: _Shard) -> Account:
 
 def _checked(names: Sequence[str], shares: Sequence[str]) -> list[Fraction]:
     if bad := [name for name in names if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name)]:
-        raise UserError(f"--names {bad[0]!r}: names a folder; use letters, digits, _ - and .")
+        raise UserError(f"--names {bad[0]!r}: a name becomes a folder; use letters, digits, _ - and .")
     if len(set(names)) < len(names):
-        raise UserError(f"--names {','.join(names)}: a name comes twice; give each part its own")
+        raise UserError(f"--names {','.join(names)}: a name repeats; give each part its own")
     if len(names) != len(shares):
-        raise UserError(f"--shares {','.join(shares)}: {len(shares)} for {len(names)} names; give one for each")
+        raise UserError(f"--shares {','.join(shares)}: {len(shares)} shares for {len(names)} names; give one for each")
     try:
         exact = [Fraction(share) for share in shares]
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"--shares {','.join(shares)}: not numbers; write for example 0.99,0.01") from error
     if min(exact) <= 0 or sum(exact) != 1:
         total = float(sum(exact))
-        raise UserError(f"--shares {','.join(shares)}: together {total:g}; each must be above 0, and their sum 1")
+        raise UserError(f"--shares {','.join(shares)}: their sum is {total:g}; each must be above 0, and their sum 1")
     return exact

@@ -1,4 +1,4 @@
-"""`megamoe data synth`: image-text shards with known truth, for demos and tests, the same bytes for the same seed."""
+"""Draw image-text shards with known captions for demos and tests, reproducible from a seed: `megamoe data synth`."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def synthesize(
 ) -> list[Path]:
     """Write ``out/train``, ``out/validation`` and ``out/combinations`` (``validation`` samples each of the latter two).
 
-    Sample i has the same content whatever ``shard_size`` and the number of samples are. ``corrupt`` is the share of
-    training pictures whose bytes are spoilt; their JSON says how. With ``dry_run`` nothing is written.
+    The content of sample i does not depend on ``shard_size`` or the number of samples. ``corrupt`` is the share of
+    training pictures whose bytes are damaged; their JSON says how. With ``dry_run`` nothing is written.
 
     Returns:
         The shards.
 
     Raises:
-        DataError: a folder already holds shards that this call would not replace, or cannot be written.
+        DataError: a folder holds shards that this call would not replace, or cannot be written.
     """
     jobs = (("train", samples, corrupt), ("validation", validation, 0.0), ("combinations", validation, 0.0))
     for split, count, _ in jobs:
@@ -51,7 +51,7 @@ def synthesize(
             scenes = Scenes(seed, split, level, share)
             for number, first in enumerate(range(0, count, shard_size)):
                 shard = out / split / f"{number:05d}.tar"
-                shard.with_name(f"{shard.name}.idx").unlink(missing_ok=True)  # it would describe the shard replaced
+                shard.with_name(f"{shard.name}.idx").unlink(missing_ok=True)  # it describes the replaced shard
                 with atomic_file(shard) as file, webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
                     for i in range(first, min(first + shard_size, count)):
                         tar.write(_sample(i, scenes[i], level, image_size, quality))
@@ -60,7 +60,7 @@ def synthesize(
 
 
 def _refuse_others(folder: Path, shards: int) -> None:
-    """Shards of an earlier, larger set would quietly become part of this one."""
+    """Refuse a folder with other shards: those of an earlier, larger set would silently become part of this one."""
     ours = {f"{number:05d}.tar" for number in range(shards)}
     others = sorted(path for path in folder.glob("*.tar") if path.name not in ours)
     if others:

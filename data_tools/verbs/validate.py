@@ -1,8 +1,8 @@
-"""`megamoe data validate`: everything that a training run, or another reader, would stumble over, found beforehand.
+"""Find everything that would disturb a training run or another reader: `megamoe data validate`.
 
-Each shard is read once, front to back, by one process. A shard that is damaged is reported with what could be read of
-it, all but the sample right before the damage, which may not be whole; the others are not held up. Memory: the keys of
-the shards under way, and 8 bytes (at the end twice that) for each sample of the set.
+Each shard is read once, front to back, by one process. A damaged shard is reported with what could be read of it, except
+the sample right before the damage, which may be incomplete; the other shards are not affected. Memory: the keys of the
+shards in progress, and 8 bytes (at the end 16) per sample of the set.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ INDEX = "index not current"
 
 
 class Problem(NamedTuple):
-    """What is wrong: one of the causes above, the sample's key (None: the whole shard), and what was seen."""
+    """A problem: its cause, the key of its sample (None: the whole shard), and what was found."""
 
     cause: str
     key: str | None
@@ -51,7 +51,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardReport:
-    """One shard: ``good`` of its ``samples`` (keys) have no problem; ``ignored`` members belong to no sample."""
+    """The report on one shard: ``good`` of its ``samples`` (keys) have no problem; ``ignored`` members belong to none."""
 
     shard: Path
     bytes: int
@@ -59,11 +59,11 @@ class ShardReport:
     good: int
     ignored: int
     problems: list[Problem]
-    key_hashes: npt.NDArray[np.uint64]  # of each key, in the order of the tar
-    follow_up: bool = False  # only the keys that it shares with earlier shards; what it counts was counted before
+    key_hashes: npt.NDArray[np.uint64]  # one per key, in the order of the tar
+    follow_up: bool = False  # reports only keys shared with earlier shards; its samples were counted before
 
     def as_json(self) -> dict[str, Any]:
-        """The report's line in the file of reports."""
+        """Return the report as a line of the report file."""
         return {
             "shard": str(self.shard),
             "bytes": self.bytes,
@@ -76,7 +76,7 @@ class ShardReport:
 
 
 class Job(NamedTuple):
-    """A shard to check; ``decode``: its pictures too, not only their first bytes."""
+    """A shard to check; ``decode``: decode its pictures, and do not only check their first bytes."""
 
     shard: Path
     decode: bool
@@ -85,8 +85,8 @@ class Job(NamedTuple):
 def validate_shards(shards: Sequence[Path], decode: bool, processes: int | None = None) -> Iterator[ShardReport]:
     """Yield a report for each of ``shards`` in order, then one more for each that shares keys with an earlier one.
 
-    Keys of different shards are compared by 64-bit hashes: among a billion keys one pair in about forty such sets
-    would be reported by chance.
+    Keys of different shards are compared by 64-bit hashes: with a billion keys, about one set in forty has a pair that is
+    reported by chance.
     """
     hashes = []
     for _, report in map_jobs(
@@ -98,7 +98,7 @@ def validate_shards(shards: Sequence[Path], decode: bool, processes: int | None 
 
 
 def validate_shard(job: Job) -> ShardReport:
-    """Check one shard; whatever is wrong with it is in the report."""
+    """Check one shard, and return its report with everything that is wrong."""
     check = _ShardCheck(job.decode)
     size = 0
     try:
@@ -127,16 +127,16 @@ def validate_shard(job: Job) -> ShardReport:
 
 
 class _ShardCheck:
-    """What has been seen of a shard so far."""
+    """Check one shard, group by group; holds what was found so far."""
 
     def __init__(self, decode: bool) -> None:
         self.problems: list[Problem] = []
         self.seen: dict[str, tuple[str, ...]] = {}  # key -> its extensions
         self.members = self.grouped = 0
         self._decode = decode
-        self._lacking: dict[str, set[str]] = {}  # judged at the end: the rest of a sample may still come
+        self._lacking: dict[str, set[str]] = {}  # judged at the end, since the rest of a sample may still follow
         self._apart: set[str] = set()
-        self._rows: list[tuple[int, int, int, int]] = []  # what an index should hold
+        self._rows: list[tuple[int, int, int, int]] = []  # what the index should contain
 
     def counted(self, members: Iterator[Member]) -> Iterator[Member]:
         for member in members:
@@ -166,13 +166,13 @@ class _ShardCheck:
             self._lacking.pop(key, None)
 
     def finish(self) -> None:
-        """All members were seen: what is still lacking will not come."""
+        """Report what samples still lack after the last member."""
         for key, lacking in self._lacking.items():
             self.problems += [Problem(cause, key, f"has {', '.join(self.seen[key])}") for cause in sorted(lacking)]
         self._lacking = {}
 
     def index(self, shard: Path) -> None:
-        """Hold the index beside the shard, if there is one, against what was read."""
+        """Compare the index beside the shard, if there is one, with what was read."""
         if not index_path(shard, None).exists():
             return
         try:
@@ -185,7 +185,7 @@ class _ShardCheck:
             self.problems.append(Problem(INDEX, None, detail))
 
     def _contents(self, file: BinaryIO, key: str, members: dict[str, Member]) -> str | None:
-        """Check the bytes of each member; returns which one is the caption."""
+        """Check the bytes of each member, and return the extension of the caption; None if there is none."""
         text = "txt" if "txt" in members else None
         for ext in CHECKED:
             if ext not in members:
@@ -226,7 +226,7 @@ def _shared_keys(shards: Sequence[Path], hashes: list[npt.NDArray[np.uint64]]) -
 
 
 def _keys(shard: Path, places: dict[int, Path]) -> Iterator[tuple[int, str]]:
-    """Names of the keys at ``places``. Only their hashes were kept, so the headers are read again."""
+    """Yield the keys at ``places``. Only hashes were kept, so the headers are read again."""
     file, state = open_for_walk(shard)
     seen: set[str] = set()
     with file:
@@ -235,7 +235,7 @@ def _keys(shard: Path, places: dict[int, Path]) -> Iterator[tuple[int, str]]:
                 if key not in seen and len(seen) in places:
                     yield len(seen), key
                 seen.add(key)
-        except DataError:  # reported by the first pass; the keys before the damage have all been named
+        except DataError:  # reported by the first pass; all keys before the damage have been yielded
             return
 
 

@@ -1,4 +1,4 @@
-"""Where every sample of a source went: kept, dropped for a named cause, or lost."""
+"""Account for every sample of a source: kept, dropped for a named cause, or lost."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megamoe.core.errors import DataError
 
 @dataclass
 class Account:
-    """Counts of one output or of a whole set; ``read`` = ``kept`` + all of ``dropped`` + ``lost``.
+    """The counts of one output or of a whole set; ``read`` = ``kept`` + all of ``dropped`` + ``lost``.
 
-    ``dropped`` is what the user asked to leave out, by cause. ``lost`` names what could not be carried over, as
-    (``shard#key``, reason); a damaged shard is one entry under its own name, since nobody can tell how many samples
-    its unreadable part held. ``kept_as`` tells kept samples apart where a verb has more to say about them. ``shards``
-    are the shards written, with their sizes in bytes; ``empty`` those that would hold no sample.
+    ``dropped`` counts the samples that the user's conditions exclude, by cause. ``lost`` names what could not be used, as
+    (``shard#key``, reason); a damaged shard is one entry under its own name, since the number of samples in its
+    unreadable part is unknown. ``kept_as`` divides the kept samples where a verb tells more about them. ``shards`` are the
+    shards written, with their sizes in bytes; ``empty`` are those not written because they would have no sample.
     """
 
     read: int = 0
@@ -46,7 +46,7 @@ class Account:
         self.empty += other.empty
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; ``lost`` is a count, ``lost_samples`` the names."""
+        """Return plain values; ``lost`` is a count, ``lost_samples`` the names."""
         assert self.read == self.kept + self.dropped.total() + len(self.lost), self
         return {
             "read": self.read,
@@ -61,7 +61,7 @@ class Account:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Account:
-        """The inverse of :meth:`to_json`."""
+        """Read what :meth:`to_json` returned."""
         return cls(
             content["read"],
             content["kept"],
@@ -73,20 +73,20 @@ class Account:
         )
 
     def text(self) -> str:
-        """One line for people, a second one if shards came out empty."""
+        """Summarise in one line for people, with a second one if shards are empty."""
         parts = [f"{self.kept} of {self.read} samples kept in {len(self.shards)} shards{_counts(self.kept_as)}"]
         parts.append(f"{self.dropped.total()} dropped{_counts(self.dropped)}")
         parts.append(f"{len(self.lost)} lost")
         line = "; ".join(parts)
         if self.empty:
-            line += f"\n{len(self.empty)} shards would be empty and are not there: {', '.join(self.empty)}"
+            line += f"\n{len(self.empty)} shards would be empty and were not written: {', '.join(self.empty)}"
         return line
 
 
 def whole_records(shard: Path, label: str, account: Account) -> Iterator[Record]:
-    """Yield the whole samples of ``shard`` and count them as read; what is lost goes into ``account``.
+    """Yield the samples of ``shard`` and count them as read; losses go into ``account``.
 
-    A damaged shard does not end the work: its samples up to the damage are good, the rest is one loss.
+    A damaged shard does not end the work: its samples up to the damage are good, and the rest is one loss.
     """
     try:
         for record in read_records(shard, lambda key, why: account.lose(f"{label}#{key}", why)):

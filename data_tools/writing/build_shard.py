@@ -1,8 +1,8 @@
-"""One shard of `megamoe data build`: from its items to ``NAME.tar``, ``NAME.parquet`` and ``NAME_stats.json``.
+"""Build one shard of `megamoe data build`: ``NAME.tar``, ``NAME.parquet`` and ``NAME_stats.json`` from its items.
 
-The three are what img2dataset writes, so that what reads its folders reads ours: the tar has the samples; the parquet
-has a row for every item, those left out too, with ``status`` and ``error_message``; the stats have the totals. The
-stats are written last: where they are, the shard is done.
+img2dataset writes the same three files, so tools that read its folders read ours. The tar has the samples. The parquet
+has a row for every item, also for lost ones, with ``status`` and ``error_message``. The stats have the totals; they are
+written last, so a shard with stats is finished.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from megamoe.core.errors import DataError
 from megamoe.core.files import atomic_file
 from megamoe.data.sample.decode import CorruptSample
 
-_AHEAD = 4  # items under way per thread: a slow host does not leave the other threads idle at once
+_AHEAD = 4  # items in flight per thread, so that a slow host does not idle the other threads at once
 _OURS = ("key", "status", "error_message", "width", "height", "original_width", "original_height", "sha256")
 STATUSES = (FAILED_TO_DOWNLOAD, FAILED_TO_RESIZE, NO_CAPTION)
 
 
 @dataclass(frozen=True)
 class PictureOptions:
-    """What is done to pictures; sides in pixels. See :func:`data_tools.writing.picture.make_picture`."""
+    """How pictures are resized; sides in pixels. See :func:`data_tools.writing.picture.make_picture`."""
 
     resize_mode: str = "no"
     image_size: int = 256
@@ -46,9 +46,9 @@ class PictureOptions:
 
 @dataclass(frozen=True)
 class ShardJob:
-    """All that is needed to make shard ``name`` (``00000``). Keys of items without one: ``name`` and ``digits`` more.
+    """Everything needed to build shard ``name`` (``00000``). An item without a key gets ``name`` and ``digits`` digits.
 
-    ``again``: the shard is there, and only what could not be downloaded is asked for once more.
+    ``again``: the shard exists, and only its failed downloads are retried.
     """
 
     name: str
@@ -62,22 +62,22 @@ class ShardJob:
 
     @property
     def tar(self) -> Path:
-        """The shard."""
+        """Path of the shard."""
         return self.out / f"{self.name}.tar"
 
     @property
     def parquet(self) -> Path:
-        """A row for every item."""
+        """Path of the parquet with a row for every item."""
         return self.out / f"{self.name}.parquet"
 
     @property
     def stats(self) -> Path:
-        """Its totals, written last."""
+        """Path of the totals, which are written last."""
         return self.out / f"{self.name}_stats.json"
 
 
 class _Outcome(NamedTuple):
-    """The row of one item in the parquet, and its record unless it is left out, for ``cause``."""
+    """The row of one item in the parquet, and its record, or None if it is lost for ``cause``."""
 
     row: dict[str, Any]
     record: Record | None
@@ -85,7 +85,7 @@ class _Outcome(NamedTuple):
 
 
 def make_shard(job: ShardJob) -> dict[str, Any]:
-    """Make one shard and return its stats. Without a single usable sample there is no tar: readers refuse an empty one.
+    """Build one shard and return its stats. Without a usable sample no tar is written, since readers refuse an empty one.
 
     Raises:
         DataError: the source changed or is damaged, or the folder cannot be written.
@@ -106,7 +106,7 @@ def make_shard(job: ShardJob) -> dict[str, Any]:
                 writer = writer or stack.enter_context(ShardWriter(job.tar))
                 writer.write(outcome.record)
         written = writer.bytes if writer else 0
-        job.stats.unlink(missing_ok=True)  # from here to the end the three files may not fit each other
+        job.stats.unlink(missing_ok=True)  # from here to the end the three files may disagree
     if len(rows) != job.chunk.samples:
         raise DataError(f"shard {job.tar}: the source changed while it was read; write to a new folder")
     with atomic_file(job.parquet) as file:
@@ -128,7 +128,7 @@ def make_shard(job: ShardJob) -> dict[str, Any]:
 
 
 def _with_records(job: ShardJob, outcomes: Iterator[_Outcome]) -> Iterator[_Outcome]:
-    """``outcomes``, and to those that are kept from the shard as it is the record that lies there, in the same order."""
+    """Yield ``outcomes``; those kept from the existing shard get their records from it, which has the same order."""
     there = read_records(job.tar, _refuse) if job.again and job.tar.exists() else iter(())
     for outcome in outcomes:
         if outcome.cause == SUCCESS and outcome.record is None:
@@ -145,7 +145,7 @@ def _refuse(key: str, reason: str) -> None:
 
 
 def first_loss(job: ShardJob) -> str | None:
-    """Name and reason of the first item of a finished shard that is not in it."""
+    """Return name and reason of the first lost item of a finished shard."""
     messages = pq.read_table(job.parquet, columns=["error_message"])["error_message"]
     return next((str(message) for message in messages if message.is_valid), None)
 
@@ -175,7 +175,7 @@ def _outcomes(job: ShardJob) -> Iterator[_Outcome]:
 
 
 def _known(job: ShardJob) -> dict[str, dict[str, Any]]:
-    """By key, the rows of the items that came, those that were no picture, and those whose owner said no."""
+    """Return, by key, the rows of items that need no retry: successes, unusable pictures, and refused ones."""
     if not job.again:
         return {}
     found = pq.read_table(job.parquet, columns=list(_OURS)).to_pylist()
@@ -223,7 +223,7 @@ def _make(key: str, item: Item, get: Callable[[str], bytes] | None, options: Pic
 
 
 def _source_columns(item: Item) -> dict[str, Any]:
-    """The source's columns; one that is called like one of ours is kept as ``source_NAME``."""
+    """Return the source's columns; one with a name of ours is kept as ``source_NAME``."""
     ours: dict[str, Any] = {"caption": item.caption}
     if isinstance(item.picture, str):
         ours["url"] = plain(item.picture)
@@ -238,7 +238,7 @@ def _read(picture: Path | str | bytes, get: Callable[[str], bytes] | None, limit
     if isinstance(picture, bytes):
         return picture
     try:
-        if picture.exists() and not picture.is_file():  # a pipe would never end
+        if picture.exists() and not picture.is_file():  # reading a pipe would never end
             raise Loss(FAILED_TO_DOWNLOAD, "no regular file")
         with open(picture, "rb") as file:
             data = file.read(limit + 1)
@@ -250,7 +250,7 @@ def _read(picture: Path | str | bytes, get: Callable[[str], bytes] | None, limit
 
 
 def _kind_of(message: str) -> str:
-    """A cause that many samples share, from a message with the numbers of one."""
+    """Return a cause that many samples share, from a message with the numbers of one."""
     return re.sub(r"\d+", "N", message.split(" (")[0])
 
 
@@ -260,13 +260,13 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def _column(values: Iterable[Any]) -> pa.Array:
-    """A column of lists, objects or values of several kinds is written as JSON text: parquet has one type per column."""
+    """Make a column. Lists, objects and mixed values become JSON text, since parquet has one type per column."""
     values = list(values)
     if not any(isinstance(value, list | dict) for value in values):
         try:
             column = pa.array(values)
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
             pass
-        else:  # where there is no value at all, text lets the parquets of all shards be read as one
+        else:  # without any value: text, so that the parquets of all shards have one schema
             return column.cast(pa.string()) if pa.types.is_null(column.type) else column
     return pa.array([None if value is None else json.dumps(value) for value in values], type=pa.string())

@@ -1,8 +1,8 @@
-"""The folder that a verb fills with shards: whose it is, what of it is done, and what came of it.
+"""Manage the folder that a verb fills with shards: its request, its finished work, and its result.
 
-``OUT/<verb>.json`` holds the request from the first moment and the result at the end. Until then ``OUT/.<verb>/`` holds
-one note per finished piece of work, so that a killed run goes on where it was. The same request finds its work again;
-any other one is refused, and so is a folder with shards that this verb did not make.
+``OUT/<verb>.json`` holds the request from the start and the result at the end. Until then ``OUT/.<verb>/`` holds one note
+per finished job, so that a killed run resumes. The same request finds its work again. Any other request is refused, and
+so is a folder with shards that this verb did not make.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Source(NamedTuple):
 
 
 class NamedJob(Protocol):
-    """A piece of work; ``name`` is unique in its request and fit to be a file name."""
+    """A job whose ``name`` is unique in its request and valid as a file name."""
 
     @property
     def name(self) -> str: ...
@@ -45,7 +45,7 @@ Job = TypeVar("Job", bound=NamedJob)
 
 
 def open_source(spec: str) -> Source:
-    """The shards that ``spec`` names.
+    """Open the shards that ``spec`` names.
 
     Raises:
         DataError: as for :func:`megamoe.data.shards.expand.local_shards`, or a shard cannot be read.
@@ -62,7 +62,7 @@ def open_source(spec: str) -> Source:
 
 
 def output_names(source: Source) -> list[str]:
-    """Names for one output shard per source shard: the same ones.
+    """Return the names of the output shards, one per source shard and equal to it.
 
     Raises:
         DataError: two source shards have the same file name.
@@ -72,7 +72,7 @@ def output_names(source: Source) -> list[str]:
         names.append(shard.name if shard.suffix == ".tar" else f"{shard.name}.tar")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"shards: two are called {twice} and would fall on one output; write each folder to its own OUT")
+        raise DataError(f"shards: two are called {twice} and would become one output; write each folder to its own OUT")
     return names
 
 
@@ -80,14 +80,14 @@ class OutFolder:
     """The folder ``out`` for one request of ``verb``.
 
     Args:
-        out: the folder; made if it is not there.
-        verb: names its files.
+        out: the folder; created if it does not exist.
+        verb: the name of its files.
         request: everything that the output depends on, as JSON values.
-        parts: folders below ``out`` that take the shards; default ``out`` itself.
+        parts: subfolders of ``out`` that receive the shards; default ``out`` itself.
         dry_run: check the folder, but write nothing into it.
 
     Raises:
-        DataError: the folder belongs to another request, or holds shards without belonging to one.
+        DataError: the folder belongs to another request, or holds shards but no request.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class OutFolder:
         self._result = self._claim()
 
     def finished(self) -> Account | None:
-        """The result of a run that came to its end, if all that it wrote is still there."""
+        """Return the result of a completed run, if everything it wrote still exists."""
         if self._result is None:
             return None
         account = Account.from_json(self._result)
@@ -116,12 +116,12 @@ class OutFolder:
                     raise DataError(f"{path}: not made by this request; remove it or write to an empty folder")
 
     def target(self, name: str) -> Path | None:
-        """Where the shard ``name`` (a path below the folder) goes; None in a dry run."""
+        """Return the path of the shard ``name`` (relative to the folder); None in a dry run."""
         return None if self.dry_run else self.path / name
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A folder for what is needed on the way: with the notes, which outlive a kill; in a dry run a temporary one."""
+        """Give a folder for intermediate files: that of the notes, which survive a kill; in a dry run a temporary one."""
         if not self.dry_run:
             yield self.notes
             return
@@ -129,7 +129,7 @@ class OutFolder:
             yield Path(temporary)
 
     def do(self, function: Callable[[Job], Account], jobs: Sequence[Job], *, label: str, processes: int | None) -> Account:
-        """Do the jobs whose outcome is not noted yet, note each, and return the sum of all in the order of ``jobs``."""
+        """Do the jobs that have no note yet, note each, and return the sum of all accounts in the order of ``jobs``."""
         done = {job.name: account for job in jobs if (account := self._noted(job.name)) is not None}
         left = [job for job in jobs if job.name not in done]
         work = function if self.dry_run else partial(_do_and_note, function, self.notes)
@@ -188,7 +188,7 @@ def _do_and_note(function: Callable[[Job], Account], notes: Path, job: Job) -> A
 
 
 def _are_there(folder: Path, shards: dict[str, int]) -> bool:
-    """Whether all ``shards`` lie in ``folder`` with their sizes: one that was removed since is made again."""
+    """Return whether all ``shards`` exist in ``folder`` with their sizes; a removed one is written again."""
     for name, size in shards.items():
         try:
             if (folder / name).stat().st_size != size:
@@ -199,7 +199,7 @@ def _are_there(folder: Path, shards: dict[str, int]) -> bool:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove half-written files of processes that are gone: a kill leaves them behind, and they can be large."""
+    """Remove unfinished files of dead processes: a kill leaves them behind, and they can be large."""
     for path in folder.glob(".*.tmp"):
         process = path.name.split(".")[-2]
         if process.isdigit() and not Path("/proc", process).exists():

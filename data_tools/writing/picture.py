@@ -1,4 +1,4 @@
-"""A picture on its way into a shard: checked as the trainer will decode it, and made smaller if that is asked for."""
+"""Prepare a picture for a shard: check it as training will decode it, and resize it if requested."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from PIL import Image, ImageOps
 
 from megamoe.data.sample.decode import MAX_PIXELS, CorruptSample, decode_image, to_rgb
 
-_CHECKED_AT = 32  # pixels; every byte is decoded all the same, only the result is small
+_CHECKED_AT = 32  # pixels; every byte is decoded, but the result is small
 _FILTER = Image.Resampling.BICUBIC
-_LONGEST = 65_500  # what libjpeg writes
+_LONGEST = 65_500  # pixels; the longest side that libjpeg writes
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 class Picture(NamedTuple):
-    """Bytes for a shard and their kind; sides in pixels, the original ones as the file's header gives them."""
+    """The bytes for a shard and their extension; sides in pixels, the original ones from the header of the file."""
 
     data: bytes
     ext: str
@@ -29,14 +29,14 @@ class Picture(NamedTuple):
 
 
 def make_picture(data: bytes, resize_mode: str, image_size: int, quality: int) -> Picture:
-    """Check ``data``, and resize it as img2dataset does under these names.
+    """Check ``data``, and resize it as the img2dataset mode of the same name does.
 
-    ``no`` keeps the bytes as they are. The others make an RGB JPEG, with the Exif orientation applied and transparency
-    laid on white: ``keep_ratio`` with ``image_size`` as the shorter side, ``center_crop`` the middle square of that,
-    ``border`` with ``image_size`` as the longer side and white around it to a square.
+    ``no`` keeps the bytes unchanged. The other modes make an RGB JPEG, with the Exif orientation applied and transparency
+    composited on white: ``keep_ratio`` with ``image_size`` as the shorter side, ``center_crop`` the middle square of that,
+    ``border`` with ``image_size`` as the longer side, padded with white to a square.
 
     Raises:
-        CorruptSample: no JPEG, PNG or WebP, damaged, or of too many pixels.
+        CorruptSample: it is not a JPEG, PNG or WebP, is damaged, or has too many pixels.
     """
     decode_image(data, _CHECKED_AT)
     try:
@@ -46,7 +46,7 @@ def make_picture(data: bytes, resize_mode: str, image_size: int, quality: int) -
                 return Picture(data, _EXTENSIONS[str(image.format)], *original, *original)
             image.load()
             resized = _resize(to_rgb(ImageOps.exif_transpose(image)), resize_mode, image_size)
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow alone finds wrong
+    except (OSError, ValueError, SyntaxError) as error:  # faults that only Pillow finds
         raise CorruptSample(f"image: {' '.join(str(error).split())}") from error
     return Picture(_encode(resized, quality), "jpg", *resized.size, *original)
 
@@ -59,7 +59,7 @@ def _resize(image: Image.Image, mode: str, size: int) -> Image.Image:
         return image.resize((size, size), _FILTER, box=(left, top, left + side, top + side))
     scale = size / (min(width, height) if mode == "keep_ratio" else max(width, height))
     sides = (max(1, round(width * scale)), max(1, round(height * scale)))
-    if sides[0] * sides[1] > MAX_PIXELS or max(sides) > _LONGEST:  # a strip of one pixel by millions
+    if sides[0] * sides[1] > MAX_PIXELS or max(sides) > _LONGEST:  # for example, one pixel by millions
         raise CorruptSample(f"image: {width} x {height} pixels, too long to be resized to a shorter side of {size}")
     image = image.resize(sides, _FILTER)
     if mode == "keep_ratio":

@@ -1,7 +1,7 @@
-"""What the tools read from shards and write into them: whole samples, all members with their bytes.
+"""Read and write whole samples: all members with their bytes.
 
-The trainer needs a picture and a caption; the tools keep everything else that lies beside them as well (metadata,
-second captions, masks), so that no tool loses what another one made.
+Training needs a picture and a caption. The tools also keep everything else that lies beside them (metadata, further
+captions, masks), so that no tool loses what another one made.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ OnLost = Callable[[str, str], None]
 
 
 class Record(NamedTuple):
-    """A sample as it lies in a tar: its key, and the bytes of its members by extension, in their order."""
+    """A sample in a tar: its key, and the bytes of its members by extension, in their order."""
 
     key: str
     members: dict[str, bytes]
 
 
 def read_records(shard: Path, on_lost: OnLost) -> Iterator[Record]:
-    """Yield all samples of ``shard`` in order, whether or not the trainer could use them.
+    """Yield all samples of ``shard`` in order, whether or not training could use them.
 
-    ``on_lost(key, reason)`` is called for a second sample of a key, which a reader could not tell from the first.
+    ``on_lost(key, reason)`` is called for a further sample with the same key, which readers could not distinguish.
 
     Raises:
-        DataError: the shard cannot be opened or is no whole tar; what was yielded before is good.
+        DataError: the shard cannot be opened or is not an intact tar; the samples yielded before are good.
     """
     file, state = open_for_walk(shard)
     seen: set[str] = set()
@@ -48,16 +48,16 @@ def read_records(shard: Path, on_lost: OnLost) -> Iterator[Record]:
 
 
 class ShardWriter:
-    """Writes one shard; it appears under its name when it is complete, or not at all.
+    """Write one shard, which appears under its name when it is complete, or not at all.
 
-    Use it in a ``with`` statement. The index of a shard that was there before is removed: it would describe that one.
-    The same records give the same bytes: times, owners and modes are constant.
+    Use it in a ``with`` statement. The index of an earlier shard of that name is removed. The same records give the same
+    bytes: times, owners and modes are constant.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.samples = 0
-        self.bytes = 0  # of the members' contents
+        self.bytes = 0  # sum of the members' sizes
 
     def __enter__(self) -> ShardWriter:
         with ExitStack() as stack:

@@ -1,8 +1,8 @@
-"""A uniform permutation of any number of samples, in pieces that fit in memory.
+"""Permute any number of samples uniformly, in pieces that fit in memory.
 
-Sample i has the i-th number of a Philox stream (Salmon et al., SC'11; the raw stream is what NumPy keeps for ever), and
-samples are sorted by their numbers. A piece is the samples whose numbers lie in one interval: the stream is made again
-for each piece, which costs some nanoseconds per sample, and nothing but the piece is held.
+Sample i gets the i-th number of a Philox stream (Salmon et al., SC'11), whose raw numbers NumPy keeps unchanged, and the
+samples are sorted by their numbers. A piece is the samples whose numbers lie in one interval. The stream is generated
+again for each piece, which costs some nanoseconds per sample, so that only the piece is in memory.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 _WORD = (1 << 64) - 1
-_RESHARD = 2  # keeps this stream apart from those of the training order, which has families 0 and 1
-_CHUNK = 1 << 20  # numbers that are drawn at a time
+_RESHARD = 2  # separates this stream from those of the training order
+_CHUNK = 1 << 20  # numbers drawn at a time
 
 
 def shuffled(samples: int, seed: int, piece: int) -> Iterator[npt.NDArray[np.int64]]:

@@ -1,4 +1,4 @@
-"""Where each sample lies in its tar, for tools that fetch samples in another order than that of the shards."""
+"""Record where each sample lies in its tar, for tools that read samples in another order than that of the shards."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from megamoe.core.files import atomic_file
 from megamoe.data.shards.index import groups
 from megamoe.data.shards.tar import BLOCK, Member, open_for_walk, walk
 
-# start, length: the bytes of the tar that hold all headers and contents of the sample; size: what it takes in a new tar
+# start, length: the bytes of the tar with all headers and contents of the sample; size: its bytes in a new tar
 SPAN = np.dtype([("start", "<i8"), ("length", "<i8"), ("size", "<i8")])
-_PLAIN_NAME = 90  # a name of at most so many ASCII letters needs one header, even if it is made a little longer
+_PLAIN_NAME = 90  # a name of up to so many ASCII characters needs one header, even if its key gets a suffix
 _PLAIN_HEADER, _LONG_HEADER = BLOCK, 4 * BLOCK
 _END = bytes(2 * BLOCK)
 
 
 @dataclass(frozen=True)
 class ShardToScan:
-    """A shard and where the spans of its samples go."""
+    """A shard to scan, and the file for the spans of its samples."""
 
     name: str
     source: Path
@@ -37,7 +37,7 @@ class ShardToScan:
 def scan_shard(job: ShardToScan) -> Account:
     """Write the spans of a shard's samples, an array of ``SPAN`` in the order of the tar, as raw bytes.
 
-    Only headers are read. The account says what was read and lost, by the rules of
+    Only headers are read. The account tells what was read and lost, by the rules of
     :func:`data_tools.writing.account.whole_records`.
     """
     account = Account()
@@ -66,10 +66,10 @@ def scan_shard(job: ShardToScan) -> Account:
 
 
 def read_span(shard: Path, file: int, start: int, length: int) -> Record:
-    """The sample in ``length`` bytes at ``start`` of the tar open as descriptor ``file``; ``shard`` names it in errors.
+    """Read the sample in ``length`` bytes at ``start`` of the tar open as descriptor ``file``; ``shard`` is for errors.
 
     Raises:
-        DataError: the shard cannot be read or changed since it was scanned.
+        DataError: the shard cannot be read, or it changed since it was scanned.
     """
     changed = DataError(f"shard {shard}: changed at byte {start} while it was read; start again with a new OUT")
     data = b"".join(_pieces(shard, file, start, length))

@@ -13,6 +13,6 @@ PATH = click.Path(path_type=Path)
 @click.argument("run", type=PATH)
 def report(run: Path) -> None:
     """Write the run as one HTML page: curves, expert load, pictures with captions."""
-    from megamoe.report.page import write_report
+    from megamoe.report.run_page import write_report
 
     click.echo(write_report(run))

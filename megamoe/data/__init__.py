@@ -1,9 +1,12 @@
-"""Data plane: from shards to the packed batch of each optimizer step.
+"""Turn shards into the packed batch of each optimizer step.
 
-``order`` says which sample comes when, ``shards`` where it lies and what its bytes are, ``remote`` brings shards that are
-no local files, ``sample`` makes pixels and token ids of the bytes and packs them, and ``loader`` hands a rank its part of
-each step. ``library`` is the same order for other people's training loops. Nothing here imports DeepSpeed, and what the
-worker processes load (``loader.worker`` and all that it imports) not even torch.
+``order`` decides which sample fills which slot of a step. ``shards`` finds the sample in its tar and reads its bytes;
+``remote`` downloads shards that are not local files. ``sample`` decodes the bytes to pixels and token ids and packs
+them. ``loader`` does this in worker processes and hands each rank its part of a step. ``library`` offers the same order
+to other training loops as a PyTorch data set.
+
+Nothing here imports DeepSpeed. What the worker processes load (``loader.worker`` and everything it imports) does not
+import torch either.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BadShard", "CorruptSample", "ShardDataset", "expand_shards", "read_samples"]
 
-# imported when they are asked for: torch and webdataset take seconds, and `megamoe --help` needs neither
+# Imported on first use: torch and webdataset take seconds, and `megamoe --help` needs neither.
 _MODULES = {
     "BadShard": "shards.catalog",
     "CorruptSample": "sample.decode",

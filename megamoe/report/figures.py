@@ -1,6 +1,6 @@
-"""Curves and heat maps as inline SVG that takes its colours from the page, so that it fits light and dark alike.
+"""Draw curves and heat maps as inline SVG with the colours of the page, so that they fit light and dark schemes.
 
-matplotlib draws with marker colours, which are then replaced by CSS variables of template.html.
+matplotlib draws in placeholder colours, which are then replaced by CSS variables of base.html.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Array = npt.NDArray[np.float64]
 
 INK, GRID, SERIES = "#010203", "#010204", ("#010205", "#010206")
 VARIABLES = {INK: "--muted", GRID: "--grid", SERIES[0]: "--series-1", SERIES[1]: "--series-2"}
-POINTS = 400  # per curve: more than a screen can show would only make the page heavy
-LABELLED_EXPERTS = 16  # with more experts in a row the numbers would not be readable
+POINTS = 400  # per curve: more than a screen can show would only make the page larger
+LABELLED_EXPERTS = 16  # with more experts in a row the numbers are not legible
 VECTOR_CELLS = 2000  # above this a heat map is drawn as pixels
 
 # The mean is transparent, so that it is the colour of the card in both schemes.
@@ -43,13 +43,13 @@ _salt = itertools.count()  # ids must differ between the figures of a page
 
 
 def curves(steps: Array, series: Mapping[str, Array], log: bool = False, raw: bool = True) -> Markup:
-    """Curves over the steps, at most two; NaN leaves a gap.
+    """Draw at most two curves over the steps; NaN leaves a gap.
 
     Args:
         steps: (N,) optimizer steps.
         series: label -> (N,) values; a legend is drawn for more than one.
-        log: logarithmic values.
-        raw: draw the values as they are faintly behind their running mean; otherwise only as they are.
+        log: use a logarithmic axis for the values.
+        raw: draw the running mean, and faintly behind it the values themselves; otherwise draw only the values.
     """
     assert 1 <= len(series) <= len(SERIES)
     figure, canvas = new_figure(height=2.3)
@@ -58,7 +58,7 @@ def curves(steps: Array, series: Mapping[str, Array], log: bool = False, raw: bo
         marker = "o" if len(steps) < 3 else None
         behind = raw and len(steps) >= 20
         for place, ((label, values), colour) in enumerate(zip(series.items(), SERIES, strict=False)):
-            above = 3 - 0.1 * place  # where curves meet, the first one is seen
+            above = 3 - 0.1 * place  # where curves meet, the first one is on top
             if behind:
                 axes.plot(*_thin(steps, values), color=colour, alpha=0.25, linewidth=0.8, zorder=2)
             mean = smooth(values) if behind else values
@@ -80,7 +80,7 @@ def curves(steps: Array, series: Mapping[str, Array], log: bool = False, raw: bo
 
 
 def expert_heat_map(load: Mapping[str, Array]) -> Markup:
-    """Load of each expert relative to the mean of its layer: a row per layer, a column per expert.
+    """Draw the load of each expert relative to the mean of its layer: a row per layer, a column per expert.
 
     Args:
         load: layer name -> (E,) fractions of the layer's routed tokens.
@@ -120,13 +120,13 @@ def expert_heat_map(load: Mapping[str, Array]) -> Markup:
 
 
 def smooth(values: Array) -> Array:
-    """Centred running mean over about a fiftieth of the curve, so that it lags behind nothing; NaN is left out."""
+    """Return the running mean over about a fiftieth of the curve, centred so that it does not lag; NaN is ignored."""
     half = len(values) // 100
     finite = np.isfinite(values)
     total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     count = np.concatenate([[0], np.cumsum(finite)])
     index = np.arange(len(values))
-    # The window shrinks on both sides at the start, or the mean would bend the slope that most curves have there.
+    # The window shrinks on both sides at the start; otherwise the mean would flatten the steep slope there.
     reach = np.minimum(half, index)
     low, high = index - reach, np.minimum(index + reach + 1, len(values))
     with np.errstate(invalid="ignore"):
@@ -135,7 +135,7 @@ def smooth(values: Array) -> Array:
 
 
 def _thin(steps: Array, values: Array) -> tuple[Array, Array]:
-    """At most POINTS of the points: the least and the largest of each piece of the curve, so that spikes stay."""
+    """Reduce a curve to at most POINTS points: the minimum and maximum of each piece, so that spikes remain."""
     if len(steps) <= POINTS:
         return steps, values
     kept = set()
@@ -176,9 +176,9 @@ def as_svg(canvas: FigureCanvasSVG) -> Markup:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Inside HTML the name spaces go without saying, and the page, not the file, decides how wide the figure is.
+    # HTML needs no XML name spaces, and the page decides the width of the figure.
     svg = re.sub(r'\s(xmlns(:xlink)?|version|width|height)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
-    svg = re.sub(r'<g id="[A-Za-z][A-Za-z0-9.]*_\d+"', "<g", svg)  # names such as axes_1, the same in every figure
+    svg = re.sub(r'<g id="[A-Za-z][A-Za-z0-9.]*_\d+"', "<g", svg)  # ids such as axes_1 would repeat in every figure
     svg = re.sub(r"font-family:[^;\"]*|(font: [\d.]+px) [^;\"]*", r"\1", svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")

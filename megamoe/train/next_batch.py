@@ -98,7 +98,7 @@ def next_batch(
                 raise DataError(failure.reason)
         shards = _unusable(failures, loader)
         if loader is not None and before is not None:
-            loader.set_aside(before, {name: shard.samples for name, shard in shards.items()})
+            loader.quarantine(before, {name: shard.samples for name, shard in shards.items()})
         records.write_quarantine(step, shards)
         _check_limit(loader, data.max_bad_shards)
 

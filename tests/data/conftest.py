@@ -13,7 +13,7 @@ from tests.data.shard_factory import caption
 
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small vocabulary over the captions that the factory writes."""
+    """Train a small vocabulary on the captions that the factory writes."""
     path = tmp_path_factory.mktemp("tokenizer") / "small.model"
     train_tokenizer([caption(n) for n in range(200)], path, 320)
     return path
@@ -21,5 +21,5 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_path: Path) -> Tokenizer:
-    """That vocabulary, loaded."""
+    """Load that vocabulary."""
     return Tokenizer(tokenizer_path)

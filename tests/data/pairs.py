@@ -1,4 +1,4 @@
-"""Pictures and captions that both spell their number, so that a picture beside another's caption is seen."""
+"""Make pictures and captions that both encode their number, so that a wrong pair is detected."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ _GRID = 4  # 16 squares, dark or light: the bits of a number
 
 
 def grid(n: int, side: int = 64) -> npt.NDArray[np.uint8]:
-    """uint8 (side, side): the number ``n`` as squares, light ones are zeros."""
+    """Return uint8 (side, side): the number ``n`` as squares, light ones for zeros."""
     bits = [[n >> (row * _GRID + column) & 1 for column in range(_GRID)] for row in range(_GRID)]
     squares = np.where(np.array(bits, dtype=bool), 30, 225).astype(np.uint8)
     return squares.repeat(side // _GRID, axis=0).repeat(side // _GRID, axis=1)
 
 
 def picture(n: int, kind: str = "JPEG", mode: str = "RGB", side: int = 64, **options: object) -> bytes:
-    """The number ``n`` as a picture file."""
+    """Encode the number ``n`` as a picture file."""
     buffer = io.BytesIO()
     Image.fromarray(grid(n, side)).convert(mode).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def number_in(pixels: npt.NDArray[np.uint8]) -> int:
-    """The number that a decoded picture, uint8 (H, W, 3), spells."""
+    """Read the number from a decoded picture, uint8 (H, W, 3)."""
     side = len(pixels) // _GRID
     squares = pixels.astype(float).mean(axis=2).reshape(_GRID, side, _GRID, side).mean(axis=(1, 3))
     return sum(1 << at for at, light in enumerate(squares.flatten().tolist()) if light < 128)
 
 
 def pair(n: int, key: str | None = None, image: bytes | None = None, ext: str = "jpg") -> list[tuple[str, bytes]]:
-    """Members of a sample whose picture and caption both say ``n``."""
+    """Return the members of a sample whose picture and caption both encode ``n``."""
     name = f"{n:05d}" if key is None else key
     return [(f"{name}.{ext}", picture(n) if image is None else image), (f"{name}.txt", caption(n).encode())]
 
@@ -53,7 +53,7 @@ def pair(n: int, key: str | None = None, image: bytes | None = None, ext: str = 
 def make_loader(
     data: DataSet, tokenizer: Tokenizer, *, rank: int = 0, ranks: int = 1, workers: int = 0, cache: ShardCache | None = None
 ) -> StepLoader:
-    """A loader of 4 lanes whose sequences have room for every caption."""
+    """Make a loader of 4 lanes whose sequences have room for every caption."""
     return StepLoader(
         DataConfig(sequence_length=96, images_per_sequence=3, workers=workers, shuffle_shards=2),
         vision=VisionConfig(image_size=16, patch_size=8),
@@ -81,7 +81,7 @@ class Seen:
     numbers: dict[str, int] = field(default_factory=dict)
 
     def add(self, step: StepBatch) -> None:
-        """Take a step, and fail if any picture stands beside another's caption or a loss is not counted."""
+        """Take a step, and fail if any pair is wrong or a loss is not counted."""
         ids = [name for _, name in step.samples]
         for (image, text), name in zip(pairs_in(step, self.tokenizer), ids, strict=True):
             assert image == text, f"{name}: picture {image} beside caption {text}"
@@ -99,7 +99,7 @@ class Seen:
 
 
 def pairs_in(step: StepBatch, tokenizer: Tokenizer) -> Iterable[tuple[int, int]]:
-    """The number of the picture and that of the caption of each sample in a step, in order."""
+    """Return the numbers of picture and caption of each sample in a step, in order."""
     for images, text in step.micro_batches:
         for images_I, (ids, segments, _) in zip(images, text, strict=True):
             for segment in range(1, int(segments.max()) + 1):
@@ -108,7 +108,7 @@ def pairs_in(step: StepBatch, tokenizer: Tokenizer) -> Iterable[tuple[int, int]]
 
 
 def see(loader: StepLoader, tokenizer: Tokenizer, steps: int) -> Seen:
-    """The next ``steps`` steps of a loader."""
+    """Take the next ``steps`` steps of a loader."""
     seen = Seen(tokenizer)
     for _ in range(steps):
         seen.add(next(loader))

@@ -1,4 +1,4 @@
-"""Small real shards for tests: JPEGs, captions and tars made on the spot."""
+"""Make small real shards for tests: JPEGs, captions and tars."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Members = Sequence[tuple[str, bytes]]
 
 
 def jpeg(seed: int = 0, side: int = 32) -> bytes:
-    """A JPEG whose pixels depend on ``seed``."""
+    """Make a JPEG whose pixels depend on ``seed``."""
     steps = np.arange(side, dtype=np.int64)
     plane = (steps[:, None] * (seed % 7 + 1) + steps[None, :] * (seed % 5 + 2) + seed * 31) % 256
     data: bytes = simplejpeg.encode_jpeg(np.stack([plane, 255 - plane, plane // 2], axis=2).astype(np.uint8), quality=85)
@@ -26,17 +26,17 @@ def jpeg(seed: int = 0, side: int = 32) -> bytes:
 
 
 def caption(n: int) -> str:
-    """A caption whose length varies with ``n``."""
+    """Make a caption whose length varies with ``n``."""
     return " ".join(["a", COLOURS[n % 4], "thing", *["far away"] * (n % 3), f"number {n}"])
 
 
 def sample(n: int, image: bytes | None = None) -> list[tuple[str, bytes]]:
-    """Members of sample ``n``."""
+    """Return the members of sample ``n``."""
     return [(f"{n:05d}.jpg", jpeg(n) if image is None else image), (f"{n:05d}.txt", caption(n).encode())]
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> Path:
-    """Write ``members`` as they are, in order."""
+    """Write ``members`` unchanged, in order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=format) as tar:
         for name, data in members:
@@ -47,7 +47,7 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]], format: int = ta
 
 
 def make_set(folder: Path, counts: Sequence[int], spoilt: dict[int, bytes] | None = None) -> DataSet:
-    """One source of indexed shards of ``counts`` samples, numbered through; ``spoilt``: other bytes for pictures."""
+    """Write and index shards of ``counts`` samples, numbered consecutively; ``spoilt``: other bytes for pictures."""
     spoilt = spoilt or {}
     shards, n = [], 0
     for number, count in enumerate(counts):

@@ -1,4 +1,4 @@
-"""A web server for tests that serves bytes with ranges and ETags, and breaks in the ways that real ones do."""
+"""Serve bytes over HTTP with ranges and ETags, and fail in the ways that real servers do."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
         answer(self, self.server.objects.get(path, b""))
 
     def begin(self, status: int, **headers: object) -> None:
-        """Status line and headers; ``Retry_After=1`` is ``Retry-After: 1``."""
+        """Send status line and headers; ``Retry_After=1`` is ``Retry-After: 1``."""
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), str(value))
@@ -71,7 +71,7 @@ def etag(body: bytes) -> str:
 
 
 def part(handler: Handler, body: bytes) -> tuple[int, dict[str, object], bytes]:
-    """Status, headers and bytes that a good server answers with."""
+    """Return status, headers and bytes of a good server's answer."""
     asked, condition = handler.headers["Range"], handler.headers["If-Range"]
     if asked and condition in (None, etag(body)):
         start = int(asked.removeprefix("bytes=").partition("-")[0])
@@ -84,7 +84,7 @@ def part(handler: Handler, body: bytes) -> tuple[int, dict[str, object], bytes]:
 
 
 def whole(handler: Handler, body: bytes) -> None:
-    """As a good server answers; 404 for what it does not have."""
+    """Answer as a good server does; 404 for what it does not have."""
     if not body:
         handler.begin(404, Content_Length=0)
         return
@@ -94,7 +94,7 @@ def whole(handler: Handler, body: bytes) -> None:
 
 
 def cut_after(count: int) -> Answer:
-    """A good answer whose connection is reset after ``count`` bytes of its body."""
+    """Answer well, but reset the connection after ``count`` bytes of the body."""
 
     def answer(handler: Handler, body: bytes) -> None:
         status, headers, data = part(handler, body)
@@ -106,7 +106,7 @@ def cut_after(count: int) -> Answer:
 
 
 def closed_after(count: int) -> Answer:
-    """A good answer whose connection is closed, properly, after ``count`` bytes of its body."""
+    """Answer well, but close the connection properly after ``count`` bytes of the body."""
 
     def answer(handler: Handler, body: bytes) -> None:
         status, headers, data = part(handler, body)
@@ -117,7 +117,7 @@ def closed_after(count: int) -> Answer:
 
 
 def without_length(count: int | None = None) -> Answer:
-    """HTTP/1.0 style: the body ends where the connection does; after ``count`` bytes."""
+    """Answer in HTTP/1.0 style: the body ends with the connection, after ``count`` bytes."""
 
     def answer(handler: Handler, body: bytes) -> None:
         handler.begin(200)
@@ -127,7 +127,7 @@ def without_length(count: int | None = None) -> Answer:
 
 
 def without_range(count: int | None = None) -> Answer:
-    """A server that knows neither ranges nor ETags; its connection is reset after ``count`` bytes."""
+    """Answer without ranges and ETags, and reset the connection after ``count`` bytes."""
 
     def answer(handler: Handler, body: bytes) -> None:
         handler.begin(200, Content_Length=len(body))
@@ -139,7 +139,7 @@ def without_range(count: int | None = None) -> Answer:
 
 
 def status(code: int, **headers: object) -> Answer:
-    """An error page."""
+    """Answer with an error page."""
 
     def answer(handler: Handler, body: bytes) -> None:
         handler.begin(code, Content_Length=5, **headers)
@@ -149,7 +149,7 @@ def status(code: int, **headers: object) -> Answer:
 
 
 def trickle(seconds: float) -> Answer:
-    """A byte now and then, for ``seconds``."""
+    """Send a byte now and then, for ``seconds``."""
 
     def answer(handler: Handler, body: bytes) -> None:
         handler.begin(200, Content_Length=len(body), ETag=etag(body))
@@ -164,7 +164,7 @@ def trickle(seconds: float) -> Answer:
 
 
 def silence(seconds: float) -> Answer:
-    """No answer at all for ``seconds``."""
+    """Do not answer for ``seconds``."""
 
     def answer(handler: Handler, body: bytes) -> None:
         time.sleep(seconds)
@@ -175,7 +175,7 @@ def silence(seconds: float) -> Answer:
 
 @contextmanager
 def serving() -> Iterator[ShardServer]:
-    """A server on a free port of this machine."""
+    """Run a server on a free port of this machine."""
     with ShardServer() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()

@@ -28,7 +28,7 @@ QUICK = Patience(connect=2, read=2, tries=3, first_wait=0.01, longest_wait=0.1)
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
-    """Four tars of one size."""
+    """Make four tars of one size."""
     folder = tmp_path_factory.mktemp("shards")
     return [write_tar(folder / f"{n}.tar", [("0.txt", bytes([65 + n]) * 20_000)]).read_bytes() for n in range(4)]
 
@@ -47,14 +47,14 @@ def cache(tmp_path: Path) -> ShardCache:
 
 
 def fetch(cache: ShardCache, url: str) -> Fetched:
-    """Bring a shard into the cache."""
+    """Fetch a shard into the cache."""
     file, fetched = cache.open(url)
     file.close()
     return fetched
 
 
 def files(cache: ShardCache) -> list[str]:
-    """What lies in the cache, by ending."""
+    """List the files in the cache, by suffix."""
     return sorted(path.suffix for path in cache.folder.iterdir() if path.is_file())
 
 
@@ -202,7 +202,7 @@ def start(cache: ShardCache, url: str) -> subprocess.Popen[str]:
 
 
 def slow(handler: Handler, body: bytes) -> None:
-    """Half of the body, and the rest when all the processes are there."""
+    """Send half of the body, and the rest when all processes have started."""
     status, headers, data = shard_server.part(handler, body)
     handler.begin(status, **headers)
     handler.wfile.write(data[:5_000])

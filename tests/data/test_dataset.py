@@ -56,7 +56,7 @@ def keys(samples: Any) -> list[str]:
 
 
 def batches(dataset: ShardDataset, size: int | None = None) -> Any:
-    """A pipeline that gives lists of keys."""
+    """Make a pipeline that yields lists of keys."""
     return dataset.map(lambda each: each["__key__"]).batched(size or dataset.micro_batch, collation_fn=list)
 
 
@@ -172,7 +172,7 @@ def test_held_out_keys_never_come_and_all_others_do(shards: Path) -> None:
     rounds=st.integers(0, 9),
 )
 def test_shares_tile_the_line_whatever_the_layout(began: int, ranks: int, workers: int, batch: int, rounds: int) -> None:
-    """After ``rounds`` batches of each rank, taken from its workers in turn, nothing is missing, twice, or said wrong."""
+    """After ``rounds`` batches of each rank, taken from its workers in turn, no position is missing or repeated."""
     given, done = [], []
     for rank in range(ranks):
         for worker in range(workers):
@@ -340,7 +340,7 @@ def test_a_state_that_lags_behind_its_loader_is_refused(shards: Path) -> None:
 # --- what cannot be read
 
 
-def test_a_cut_shard_raises_or_is_left_out_by_the_handler(shards: Path, tmp_path: Path) -> None:
+def test_a_cut_shard_raises_or_is_quarantined_by_the_handler(shards: Path, tmp_path: Path) -> None:
     names = [str(write_tar(tmp_path / f"{n}.tar", [m for i in range(9) for m in sample(n * 9 + i)])) for n in range(3)]
     Path(names[1]).write_bytes(Path(names[1]).read_bytes()[:5000])
     with pytest.raises(BadShard, match=r"1\.tar: truncated at byte 5000"):
@@ -369,13 +369,13 @@ def test_a_shard_that_is_gone_keeps_its_places_and_its_samples_are_counted(shard
     assert data[0].state_dict()["data"]["quarantine"] == {"2.tar": 9}
 
 
-def test_a_shard_that_nobody_counted_is_left_out_by_a_single_reader_only(shards: Path, tmp_path: Path) -> None:
+def test_a_shard_that_nobody_counted_is_quarantined_by_a_single_reader_only(shards: Path, tmp_path: Path) -> None:
     names = [str(write_tar(tmp_path / f"{n}.tar", [m for i in range(9) for m in sample(n * 9 + i)])) for n in range(3)]
     alone = make(names, epochs=1, handler=wds.ignore_and_continue)
     one_of_two = make(names, epochs=1, handler=wds.ignore_and_continue, rank=0, world_size=2)
     os.unlink(names[2])
     assert sorted(keys(alone)) == KEYS[:18]
-    with pytest.raises(DataError, match="nobody has counted its samples"):
+    with pytest.raises(DataError, match="its samples have not been counted"):
         list(one_of_two)
 
 
@@ -397,7 +397,7 @@ def test_a_handler_that_stops_ends_the_iteration(tmp_path: Path) -> None:
 
 def test_when_no_shard_is_left_it_says_so(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", [("x", b"1")])
-    with pytest.raises(DataError, match=r"a\.tar: no samples .* no other shard is left"):
+    with pytest.raises(DataError, match=r"a\.tar: no samples .* all shards are quarantined"):
         list(make(shard, handler=wds.ignore_and_continue))
 
 

@@ -1,4 +1,4 @@
-"""Pictures and captions: good ones come out right, bad ones are told from good ones."""
+"""Pictures and captions: good ones are decoded correctly, bad ones are detected."""
 
 from __future__ import annotations
 

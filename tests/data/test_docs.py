@@ -1,4 +1,4 @@
-"""What docs/data.md shows runs as it is written there."""
+"""Every example of docs/data.md runs as it is written."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_every_command_runs_in_the_order_of_the_page(folder: Path) -> None:
 
 
 def pictures(shard: Path, folder: Path) -> None:
-    """What somebody would build shards from."""
+    """Make a folder of pictures to build shards from."""
     folder.mkdir()
     with tarfile.open(shard) as tar:
         for info in tar.getmembers()[:60]:

@@ -1,4 +1,4 @@
-"""A run may stop anywhere and go on with other ranks and workers: the global batches are the same, sample for sample."""
+"""A run may stop anywhere and resume with other ranks and workers: the global batches are the same, sample for sample."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Step = dict[int, tuple[tuple[str, ...], tuple[str, ...]]]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
-    """Two sources of 5 and 3 shards of unequal size; 1% of the pictures are damaged, and one sample has no caption."""
+    """Make two sources of 5 and 3 shards of unequal size; 1% of the pictures are damaged, and one sample has no caption."""
     folder, n, sources = tmp_path_factory.mktemp("elastic"), 0, []
     for source, counts in {"a": [60, 71, 33, 80, 56], "b": [40, 52, 28]}.items():
         shards = []
@@ -53,7 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 def run(
     data: DataSet, tokenizer: Tokenizer, steps: int, ranks: int, micro: int, workers: int, start: DataState | None = None
 ) -> tuple[list[Step], DataState]:
-    """Global batches of all ranks together, and the state after them, as it is in a checkpoint."""
+    """Return the global batches of all ranks together, and the state after them, as a checkpoint holds it."""
     settings = DataConfig(sequence_length=48, images_per_sequence=3, workers=workers, shuffle_shards=WINDOW)
     with ExitStack() as stack:
         loaders = [
@@ -180,7 +180,7 @@ if __name__ == "__main__":
 def test_a_process_killed_at_any_moment_loses_and_repeats_nothing(
     data: DataSet, tokenizer: Tokenizer, tokenizer_path: Path, undisturbed: tuple[list[Step], DataState], tmp_path: Path
 ) -> None:
-    """Each line of the output is a saved checkpoint: the next process goes on from the last whole one."""
+    """Each line of the output is a saved checkpoint: the next process resumes from the last complete one."""
     out, script = tmp_path / "steps.jsonl", tmp_path / "run.py"
     script.write_text(KILLED)
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}

@@ -36,7 +36,7 @@ def seen_in(folder: Path, tokenizer: Tokenizer, *parts: Members, workers: int = 
 
 
 def turned(n: int, orientation: int) -> bytes:
-    """A picture stored as a camera held sideways stores it; upright it spells ``n``."""
+    """Store a picture as a camera held sideways does; upright it encodes ``n``."""
     stored = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -46,7 +46,7 @@ def turned(n: int, orientation: int) -> bytes:
 
 
 def on_nothing(n: int) -> bytes:
-    """Dark squares on a transparent ground whose hidden colour is dark as well."""
+    """Draw dark squares on a transparent ground whose hidden colour is dark as well."""
     rgba = np.zeros((64, 64, 4), np.uint8)
     rgba[..., 3] = np.where(grid(n) < 128, 255, 0)
     buffer = io.BytesIO()
@@ -122,7 +122,7 @@ def test_bad_pictures_are_lost_with_their_reason(tmp_path: Path, tokenizer: Toke
 
 
 def test_bit_damage_in_a_jpeg_is_a_loss_or_still_the_same_picture(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """No decoder finds every flipped bit; what is used must still be read as what it was."""
+    """No decoder detects every flipped bit, but a picture that is used must still show the same number."""
     rng = np.random.default_rng(0)
     noisy = (grid(1, 64).astype(int)[..., None] + rng.integers(-20, 21, (64, 64, 3))).clip(0, 255).astype(np.uint8)
     buffer = io.BytesIO()
@@ -214,8 +214,8 @@ def test_one_key_in_many_shards_is_as_many_samples(tmp_path: Path, tokenizer: To
     assert not seen.lost
 
 
-def test_samples_left_out_are_counted_once_an_epoch_and_evenly(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Else the first samples of a shard would stop a run whose share of losses is far below data.max_corrupt."""
+def test_unusable_samples_are_counted_as_lost_once_an_epoch_and_evenly(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Otherwise the first samples of a shard would stop a run whose share of losses is far below data.max_corrupt."""
     stray = [[(f"stray{n}.jpg", picture(n))] for n in range(20)]
     data = one_shard(tmp_path, *[pair(n) for n in range(100, 180)], *stray)
     seen = Seen(tokenizer)

@@ -1,4 +1,4 @@
-"""Shards that are damaged, replaced or not to be had, through the loader: named with the reason, and left out whole."""
+"""Shards that are damaged, replaced or not to be had, through the loader: named with the reason, and quarantined whole."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def ids(*shards: int) -> set[str]:
 
 
 def until_bad(loader: StepLoader, seen: Seen) -> BadShard:
-    """Steps until a shard cannot be used."""
+    """Take steps until a shard cannot be used."""
     for _ in range(3 * STEPS):
         try:
             seen.add(next(loader))
@@ -80,7 +80,7 @@ def until_bad(loader: StepLoader, seen: Seen) -> BadShard:
 
 
 def go_on_without(loader: StepLoader, bad: BadShard, seen: Seen) -> None:
-    loader.set_aside(loader.state, {bad.shard: max(0, bad.count)})
+    loader.quarantine(loader.state, {bad.shard: max(0, bad.count)})
     for _ in range(STEPS):
         seen.add(next(loader))
 
@@ -90,7 +90,7 @@ def cut(at: Callable[[bytes], int]) -> Callable[[Path], None]:
 
 
 def third_member(tar: bytes) -> int:
-    """Where the header of the third member begins."""
+    """Return where the header of the third member begins."""
     return tar.index(f"{BAD * EACH + 1:05d}.jpg".encode())
 
 
@@ -139,7 +139,7 @@ def test_samples_of_a_shard_that_goes_bad_later_are_lost_one_by_one(
         bad = until_bad(loader, seen)
         assert "is older than its shard" in str(bad)
         assert loader.count(bad.shard, fetch=False) == EACH
-        loader.set_aside(loader.state, {bad.shard: EACH})
+        loader.quarantine(loader.state, {bad.shard: EACH})
         for _ in range(STEPS):
             seen.add(next(loader))
     assert set(seen.used) == ids(0, 1, 3)
@@ -197,7 +197,7 @@ def test_a_page_in_place_of_a_tar_does_not_stay_in_the_cache(
     ],
     ids=["404", "503", "cut", "cut-without-length"],
 )
-def test_a_shard_that_cannot_be_had_is_left_out_whole(
+def test_a_shard_that_is_not_available_is_quarantined_whole(
     server: ShardServer, remote: DataSet, cache: ShardCache, tokenizer: Tokenizer, answers: list[Any], reason: str
 ) -> None:
     server.answers[f"/{BAD}.tar"] = answers
@@ -257,10 +257,10 @@ def test_a_shard_that_its_server_replaced_is_not_read_by_the_old_index(
     seen, empty = Seen(tokenizer), ShardCache(tmp_path / "another node", None, QUICK)
     with make_loader(remote, tokenizer, cache=empty) as loader:
         bad = until_bad(loader, seen)
-        assert f"is older than its shard {server.url}/{BAD}.tar?***: put the shard back" in str(bad)
+        assert f"is older than its shard {server.url}/{BAD}.tar?***: restore the shard" in str(bad)
         assert loader.count(bad.shard, fetch=True) == EACH
         assert len(list(empty.folder.glob("*.tar"))) < SHARDS, "the new bytes must not stay"
-        loader.set_aside(loader.state, {bad.shard: EACH})
+        loader.quarantine(loader.state, {bad.shard: EACH})
         for _ in range(STEPS):
             seen.add(next(loader))
     assert set(seen.used) == ids(0, 1, 3)
@@ -298,11 +298,11 @@ def test_a_quarantine_of_many_samples_in_a_row_stops_nothing_but_one_of_all_shar
     monkeypatch.setattr(lane_module, "MAX_LOST_IN_A_ROW", 20)
     seen = Seen(tokenizer)
     with make_loader(data, tokenizer) as loader:
-        loader.set_aside(loader.state, {f"{n}.tar": 2000 for n in range(SHARDS - 1)})
+        loader.quarantine(loader.state, {f"{n}.tar": 2000 for n in range(SHARDS - 1)})
         while len(seen.used) < EACH:
             seen.add(next(loader))
         assert set(seen.used) == ids(SHARDS - 1) and len(seen.losses) > 1000
-        loader.set_aside(loader.state, {f"{SHARDS - 1}.tar": EACH})
+        loader.quarantine(loader.state, {f"{SHARDS - 1}.tar": EACH})
         with pytest.raises(DataError, match=r"data.train: all shards of source 0 are in quarantine"):
             next(loader)
 

@@ -1,4 +1,4 @@
-"""Indexes: what is a sample, what is left out and named, and when an index is too old to be trusted."""
+"""Indexes: what is a sample, what is lost and named, and when an index is too old to be trusted."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_json_serves_as_caption_where_there_is_no_txt(tmp_path: Path) -> None:
     assert index.incomplete == [("b", "no caption")]
 
 
-def test_samples_left_out_are_counted_and_named(tmp_path: Path) -> None:
+def test_lost_samples_are_counted_and_named(tmp_path: Path) -> None:
     members = [("a.jpg", b"1"), ("b.txt", b"x"), *sample(1), ("a.txt", b"x"), *sample(1), ("d.cls", b"0")]
     path = write_tar(tmp_path / "a.tar", members)
     learn_index(path, None)
@@ -82,9 +82,7 @@ def test_samples_left_out_are_counted_and_named(tmp_path: Path) -> None:
     assert index.incomplete == [("a", "no caption"), ("b", "no picture"), ("d", "no picture and no caption")]
     assert index.duplicates == ["a", "00001"]
     catalog = Catalog(DataSet([Source("0", [str(path)])]), Storage())
-    assert [name for name, _ in catalog.sample(0, 0, 0).left_out] == [
-        f"a.tar#{key}" for key in ("a", "b", "d", "a", "00001")
-    ]
+    assert [name for name, _ in catalog.sample(0, 0, 0).lost] == [f"a.tar#{key}" for key in ("a", "b", "d", "a", "00001")]
 
 
 def test_a_tar_without_a_whole_sample_is_refused(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def loader(shards: DataSet, tokenizer: Tokenizer, dp_rank: int, dp_size: int, mi
 
 
 def slots_of(step: StepBatch, cursors: Mapping[int, int], dp_rank: int, dp_size: int, micro: int) -> dict[int, Slot]:
-    """Slots by number, from the documented rule of which micro-batch holds which lanes."""
+    """Return the slots by number, from the documented rule of which micro-batch holds which lanes."""
     found: dict[int, Slot] = {}
     for i, (pixels, text) in enumerate(step.micro_batches):
         assert pixels.shape == (micro, 3, 16, 16, 3) and pixels.dtype == torch.uint8
@@ -85,7 +85,7 @@ def run(
     workers: int = 0,
     start: DataState | None = None,
 ) -> tuple[list[dict[int, Slot]], DataState]:
-    """Global batches of ``steps`` steps and the state after them, all ranks together."""
+    """Return the global batches of ``steps`` steps and the state after them, all ranks together."""
     with ExitStack() as stack:
         ranks = [stack.enter_context(loader(shards, tokenizer, d, dp_size, micro, workers)) for d in range(dp_size)]
         for rank in ranks:
@@ -218,7 +218,7 @@ def test_data_of_which_nothing_can_be_used_stops_the_run(
 ) -> None:
     monkeypatch.setattr(lane_module, "MAX_LOST_IN_A_ROW", 50)
     spoilt = make_set(tmp_path, [5], {n: b"" for n in range(5)})
-    with pytest.raises(DataError, match=r"image: empty; it is number 50 in a row that cannot be used"):
+    with pytest.raises(DataError, match=r"image: empty; 50 samples in a row cannot be used"):
         next(loader(spoilt, tokenizer, 0, 1, 8, 0))
 
 
@@ -281,7 +281,7 @@ def test_a_worker_keeps_the_memory_that_scaling_a_picture_takes(tmp_path: Path, 
 
 
 def page_faults(process: int) -> int:
-    """That needed no disk, of a process so far; see proc_pid_stat(5)."""
+    """Return the minor page faults of a process so far; see proc_pid_stat(5)."""
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[7])
 
 

@@ -1,4 +1,4 @@
-"""Lists of names: compressed and found again, equal ones noticed, signatures of URLs of no account."""
+"""Lists of names: compressed and found again, repeated ones detected, signatures of URLs ignored."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_names_of_a_large_set_are_small() -> None:
 
 
 def test_names_whose_numbers_are_equal_by_chance_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("shards", "labels"):
-        monkeypatch.setattr(f"megamoe.data.{module}.repeated", lambda hashes: frozenset(hashes.tolist()))
+    for module in ("expand", "labels"):
+        monkeypatch.setattr(f"megamoe.data.shards.{module}.repeated", lambda hashes: frozenset(hashes.tolist()))
     names = [f"s3://a/{n}.tar" for n in range(5)]
     assert expand_shards(names) == names and shard_labels(names) == [f"{n}.tar" for n in range(5)]
     with pytest.raises(DataError, match=r"3\.tar: named twice"):

@@ -47,7 +47,7 @@ def make(
 
 
 def line(order: SampleOrder) -> Iterator[SampleRef]:
-    """The samples of all lanes, position by position."""
+    """Return the samples of all lanes, position by position."""
     position = 0
     while True:
         yield order.locate(position % order.lanes, position // order.lanes)

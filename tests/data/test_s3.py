@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from megamoe.core.errors import DataError
-from megamoe.data.remote import download
 from megamoe.data.remote.cache import ShardCache
-from megamoe.data.remote.download import ShardUnavailable
+from megamoe.data.remote.download import ShardUnavailable, download
 from megamoe.data.remote.stream import Patience
 from megamoe.data.shards.expand import expand_shards
 from tests.data.test_cache import fetch
@@ -28,7 +27,7 @@ SHARD = bytes(range(256)) * 80_000  # 20 MB, three requests
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[Any]:
-    """A client for a server with a bucket ``laion``; the environment names the server, as users would."""
+    """Make a client for a server with a bucket ``laion``; the environment names the server, as for users."""
     server = moto_server.ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

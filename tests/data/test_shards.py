@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bucket() -> Iterator[str]:
-    """Objects in fsspec's store in memory; a real S3 server is asked in test_s3.py."""
+    """Put objects into fsspec's store in memory; test_s3.py uses a real S3 server."""
     store = fsspec.filesystem("memory")
     for name in ("00001.tar", "00000.tar", "00001.tar.idx", ".hidden.tar", "notes.txt", "below/00009.tar"):
         store.pipe(f"/shards/train/{name}", b"x")
@@ -113,13 +113,13 @@ def test_folders_and_globs_of_a_store_are_listed_in_order(bucket: str, spec: str
         ("{}/*.gz", "no file matches"),
         ("{}/empty", "the folder holds no .tar file"),
         ("{}/{00000..00003.tar", "unbalanced braces"),
-        ("{}/00000.tar::", "there is an empty name in it"),
+        ("{}/00000.tar::", "a name in it is empty"),
         ("{}/00000.tar::{}", "named twice"),
         ("s3://b/a.tar::s3://b/{a,c}.tar", "s3://b/a.tar: named twice"),
         ("https://u:hidden@h/a.tar?hidden::https://u:hidden@h/a.tar?hidden", "named twice"),
-        ("http://host/folder/", "a web server cannot be asked which files it has; write http://host/path/"),
-        ("https://host/*.tar", "a web server cannot be asked"),
-        ("pipe:", "there is no command"),
+        ("http://host/folder/", "a web server cannot list its files; write http://host/path/"),
+        ("https://host/*.tar", "a web server cannot list its files"),
+        ("pipe:", "the command is missing"),
         ("memory://nowhere/", "the folder holds no .tar file"),
         ("memory://nowhere/*.tar", "no object matches"),
         ("nonsense://host/*.tar", "Protocol not known: nonsense; name shards by path"),

@@ -1,4 +1,4 @@
-"""The vocabulary: lossless, refuses what is no vocabulary of ours, survives the way to another process."""
+"""The vocabulary: lossless, refuses files that are not our vocabularies, can be sent to another process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards by the writers that people have used: the samples are those that webdataset reads in them."""
+"""Shards of widely used writers: the samples are those that webdataset reads in them."""
 
 from __future__ import annotations
 

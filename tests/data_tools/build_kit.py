@@ -1,4 +1,4 @@
-"""What the tests of `megamoe data build` share: pictures, calls, and a look at what was made."""
+"""Share pictures, calls and readers of the output among the tests of `megamoe data build`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from megamoe.commands.data.group import data
 
 
 def build(source: object, out: object, *options: object) -> Result:
-    """Call the verb, in this process if nothing else is said."""
+    """Call the verb, in this process unless the arguments say otherwise."""
     where = () if "--processes" in options else ("--processes", 1)
     return CliRunner().invoke(data, ["build", *map(str, (source, out, *where, *options))])
 
 
 def picture(kind: str, mode: str = "RGB", size: tuple[int, int] = (40, 20), **options: Any) -> bytes:
-    """A picture as Pillow writes it."""
+    """Make a picture as Pillow writes it."""
     file = io.BytesIO()
     image = Image.linear_gradient("L").resize(size).convert("RGBA" if mode == "RGBA" else "RGB").convert(mode)
     if mode == "RGBA":
@@ -32,7 +32,7 @@ def picture(kind: str, mode: str = "RGB", size: tuple[int, int] = (40, 20), **op
 
 
 def members(out: Path) -> dict[str, bytes]:
-    """All members of all shards, by name."""
+    """Read all members of all shards, by name."""
     found: dict[str, bytes] = {}
     for shard in sorted(out.glob("*.tar")):
         with tarfile.open(shard) as tar:
@@ -43,12 +43,12 @@ def members(out: Path) -> dict[str, bytes]:
 
 
 def metadata(out: Path) -> list[dict[str, Any]]:
-    """The JSON of all samples, in order."""
+    """Read the JSON of all samples, in order."""
     return [json.loads(content) for name, content in members(out).items() if name.endswith(".json")]
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
-    """The rows of all parquets, in order: one per item of the source."""
+    """Read the rows of all parquets, in order: one per item of the source."""
     found: list[dict[str, Any]] = []
     for path in sorted(out.glob("*.parquet")):
         found += pq.read_table(path).to_pylist()
@@ -56,10 +56,10 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 
 def stats(out: Path) -> list[dict[str, Any]]:
-    """The totals of all shards."""
+    """Read the totals of all shards."""
     return [json.loads(path.read_bytes()) for path in sorted(out.glob("*_stats.json"))]
 
 
 def shard_bytes(out: Path) -> dict[str, bytes]:
-    """Tars and parquets, byte for byte."""
+    """Read tars and parquets, byte for byte."""
     return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.suffix in (".tar", ".parquet")}

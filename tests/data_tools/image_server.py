@@ -1,4 +1,4 @@
-"""A web server with faults, for downloads: what it answers is chosen by the path."""
+"""Serve pictures with faults, for downloads: the path selects the answer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ImageServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that hang up are part of the tests."""
+        """Ignore clients that hang up: they are part of the tests."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -114,12 +114,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = length is not None
 
     def log_message(self, *_: object) -> None:
-        """Quiet."""
+        """Log nothing."""
 
 
 @contextmanager
 def serving() -> Iterator[ImageServer]:
-    """A server on a free port, until the block ends."""
+    """Run a server on a free port until the block ends."""
     server = ImageServer()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()

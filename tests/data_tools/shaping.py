@@ -1,4 +1,4 @@
-"""What the tests of filter, dedup, split and reshard share: sources with all kinds of members, and plain reading."""
+"""Share sources with all kinds of members, and plain readers, among the tests of filter, dedup, split and reshard."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Members = dict[str, bytes]
 
 
 def run(*arguments: object) -> Result:
-    """The verb in this process, unless ``--processes`` is given: starting others takes time."""
+    """Run the verb in this process unless ``--processes`` is given, since starting others takes time."""
     if "--processes" not in arguments:
         arguments += ("--processes", 1)
     return CliRunner().invoke(data, [str(each) for each in arguments])
 
 
 def outcome(*arguments: object, status: int = 0) -> dict[str, Any]:
-    """The JSON that the verb prints."""
+    """Return the JSON that the verb prints."""
     result = run(*arguments, "--json")
     assert result.exit_code == status, (result.output, result.exception)
     found: dict[str, Any] = json.loads(result.stdout)
@@ -37,7 +37,7 @@ def outcome(*arguments: object, status: int = 0) -> dict[str, Any]:
 
 
 def photo(seed: int, width: int = 320, height: int = 240, kind: str = "JPEG") -> bytes:
-    """A picture with the spectrum of photographs (amplitudes fall as 1/f); another seed, another picture."""
+    """Make a picture with the spectrum of photographs (amplitudes fall as 1/f) that depends on the seed."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(240)[:, None] * 240, np.fft.fftfreq(320) * 320)
     frequency[0, 0] = 1
@@ -50,7 +50,7 @@ def photo(seed: int, width: int = 320, height: int = 240, kind: str = "JPEG") ->
 
 
 def full_sample(n: int) -> Members:
-    """Four members, among them some that the trainer does not know."""
+    """Make a sample of four members, including some that training does not use."""
     fields = {"caption": caption(n), "similarity": n / 100, "n": n}
     return {
         "jpg": jpeg(n),
@@ -68,14 +68,14 @@ def make_shards(folder: Path, shards: Sequence[Iterable[tuple[str, Members]]]) -
 
 
 def numbered(folder: Path, counts: Sequence[int]) -> Path:
-    """Shards of ``counts`` full samples, numbered through."""
+    """Write shards of ``counts`` full samples, numbered consecutively."""
     starts = [sum(counts[:i]) for i in range(len(counts))]
     shards = [[(f"{n:05d}", full_sample(n)) for n in range(a, a + count)] for a, count in zip(starts, counts, strict=True)]
     return make_shards(folder, shards)
 
 
 def read_tar(path: Path) -> list[tuple[str, Members]]:
-    """The samples of a tar, in order, by means of the standard library alone."""
+    """Read the samples of a tar in order, with the standard library alone."""
     samples: list[tuple[str, Members]] = []
     with tarfile.open(path) as tar:
         for info in tar:
@@ -94,6 +94,6 @@ def read_folder(folder: Path) -> list[tuple[str, Members]]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Of every file below ``folder``, hidden ones too."""
+    """Return the digest of every file below ``folder``, including hidden ones."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

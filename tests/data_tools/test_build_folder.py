@@ -1,4 +1,4 @@
-"""`megamoe data build` from a folder of pictures: keys, captions, pictures, going on after a kill."""
+"""`megamoe data build` from a folder of pictures: keys, captions, pictures, resuming after a kill."""
 
 from __future__ import annotations
 
@@ -121,14 +121,14 @@ def test_resized_pictures_are_turned_upright_and_laid_on_white(tmp_path: Path) -
     assert np.abs(difference).mean() < 4
 
 
-def test_a_strip_that_would_be_resized_to_gigabytes_is_left_out(tmp_path: Path) -> None:
+def test_a_strip_that_would_be_resized_to_gigabytes_is_lost(tmp_path: Path) -> None:
     put(tmp_path / "in", "strip.png", picture("PNG", size=(60_000, 1)), "x")
     put(tmp_path / "in", "well.png", picture("PNG"), "x")
     assert build(tmp_path / "in", tmp_path / "out", "--resize-mode", "keep_ratio").exit_code == 1
     assert [row["status"] for row in rows(tmp_path / "out")] == ["failed_to_resize", "success"]
 
 
-def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
+def test_what_is_lost_is_counted_and_named(tmp_path: Path) -> None:
     source = folder(tmp_path / "in", 10)
     cut = jpeg(1, 64)
     put(source, "cut.jpg", cut[: len(cut) // 2], "x")
@@ -144,8 +144,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
     result = build(source, tmp_path / "out", "--max-bytes", 20_000)
     assert result.exit_code == 1
     assert (
-        "10 samples in 1 shard; 8 of 18 left out" in result.output
-        and "the first: blank.jpg: caption: empty" in result.output
+        "10 samples in 1 shard; 8 of 18 lost" in result.output and "the first: blank.jpg: caption: empty" in result.output
     )
     failed = {
         row["path"]: (row["status"], row["error_message"]) for row in rows(tmp_path / "out") if row["status"] != "success"
@@ -167,7 +166,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
     assert sum(totals["status_dict"].values()) == 18 and totals["status_dict"]["success"] == 10
 
 
-def test_max_lost_says_how_much_may_be_left_out(tmp_path: Path) -> None:
+def test_max_lost_says_how_much_may_be_lost(tmp_path: Path) -> None:
     put(folder(tmp_path / "in", 9), "bad.jpg", b"junk", "x")
     assert build(tmp_path / "in", tmp_path / "out", "--max-lost", 0.05).exit_code == 1
     assert build(tmp_path / "in", tmp_path / "out", "--max-lost", 0.1).exit_code == 0

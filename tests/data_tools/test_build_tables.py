@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.sources.columns import Names
-from data_tools.sources.recognise import open_source
+from data_tools.sources.detect import open_source
 from megamoe.core.errors import DataError
 from megamoe.data.shards.index import build_index, learn_index
 from tests.data.shard_factory import jpeg
@@ -25,7 +25,7 @@ from tests.data_tools.build_kit import build, members, metadata, rows, stats
 
 
 def table(folder: Path, count: int, caption: str = "TEXT") -> list[dict[str, Any]]:
-    """Pictures in ``folder``, and rows for them."""
+    """Make pictures in ``folder``, and rows for them."""
     (folder / "images").mkdir(parents=True)
     for n in range(count):
         (folder / f"images/{n}.jpg").write_bytes(jpeg(n))
@@ -153,7 +153,7 @@ def test_columns_are_found_by_name_or_said(tmp_path: Path) -> None:
     (tmp_path / "t.tsv").write_text("image\tsize\n1.jpg\t3\n")
     assert "no column of captions; name it with --caption-col" in str(build(tmp_path / "t.tsv", tmp_path / "b").exception)
     (tmp_path / "u.csv").write_text("caption,caption,url\n")
-    assert "column 'caption' comes twice" in str(build(tmp_path / "u.csv", tmp_path / "b").exception)
+    assert "column 'caption' repeats" in str(build(tmp_path / "u.csv", tmp_path / "b").exception)
 
 
 def test_parquet_with_pictures_inside_as_hugging_face_writes_it(tmp_path: Path) -> None:

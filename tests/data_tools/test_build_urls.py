@@ -75,7 +75,7 @@ def test_each_failure_has_its_cause_and_its_row(tmp_path: Path, server: ImageSer
     source = urls(tmp_path / "t.csv", server, list(expected))
     result = build(source, tmp_path / "out", *QUICK, "--max-bytes", 100_000)
     assert result.exit_code == 0  # losses are normal here, but
-    assert "5 samples in 1 shard; 15 of 20 left out" in result.output
+    assert "5 samples in 1 shard; 15 of 20 lost" in result.output
     (totals,) = stats(tmp_path / "out")
     causes = {cause: list(expected.values()).count(cause) for cause in expected.values()}
     assert totals["status_dict"] == causes

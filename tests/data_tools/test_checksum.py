@@ -1,4 +1,4 @@
-"""`megamoe data checksum`: what it writes is read by coreutils, and the other way round."""
+"""`megamoe data checksum`: coreutils read what it writes, and it reads what they write."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(*arguments: object) -> Result:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three files called shards; what is in them does not matter here."""
+    """Make three files named like shards; their content does not matter here."""
     folder = tmp_path / "set"
     folder.mkdir()
     for number in range(3):
@@ -83,14 +83,14 @@ def test_each_folder_gets_its_own_file_and_other_lines_stay(folder: Path, tmp_pa
     (folder / "notes.txt").write_bytes(b"")
     assert run(f"{folder}::{other}", "--write").exit_code == 0
     assert coreutils(folder).stdout.count("OK") == 4 and coreutils(other).returncode == 0
-    assert "; 1 other files listed were not read" in run(folder, "--verify").stdout
+    assert "; 1 other listed files were not read" in run(folder, "--verify").stdout
 
 
 def test_a_sum_that_changed_is_said_so(folder: Path) -> None:
     run(folder, "--write")
     (folder / "00001.tar").write_bytes(b"new")
     result = run(folder, "--write")
-    assert result.exit_code == 0 and f"{folder}/00001.tar: its sum is not the one" in result.stdout
+    assert result.exit_code == 0 and f"{folder}/00001.tar: its sum differs from the one" in result.stdout
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,7 @@ def test_a_vocabulary_larger_than_the_captions_allow_says_what_was_reached(tmp_p
 
 def test_a_vocabulary_without_room_for_bytes_is_refused(tmp_path: Path) -> None:
     result = run("tokenizer", synth(tmp_path / "s") / "train", tmp_path / "t", "--vocab-size", 100)
-    assert isinstance(result.exception, UserError) and "--vocab-size 100: the least is 261" in str(result.exception)
+    assert isinstance(result.exception, UserError) and "--vocab-size 100: the minimum is 261" in str(result.exception)
 
 
 def test_index_writes_beside_the_shard_or_into_a_folder(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a scheduler with two workers, each in a process of its own."""
+    """Start a scheduler with two workers, each in its own process, and return its address."""
     port = free_port()
     address = f"tcp://127.0.0.1:{port}"
     scheduler = start("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard")
@@ -154,8 +154,8 @@ def test_a_cluster_that_cannot_be_used_is_refused_in_one_line(cluster: str, monk
     nobody = f"tcp://127.0.0.1:{free_port()}"
     for given, processes, message in (
         ("slrum", None, "--cluster slrum: no such cluster; give tcp://HOST:PORT of a running scheduler, or slurm"),
-        ("slurm", None, "--cluster slurm: how many workers is not said; add --processes N (one core each)"),
-        (cluster, 2, f"--processes 2: {cluster} has the workers that it has; leave it out"),
+        ("slurm", None, "--cluster slurm: the number of workers is not given; add --processes N (one core each)"),
+        (cluster, 2, f"--processes 2: the scheduler {cluster} decides its own workers; omit --processes"),
         (nobody, None, f"--cluster {nobody}: no scheduler answers there; start one with `dask scheduler`, and check"),
     ):
         with pytest.raises(UserError) as caught:
@@ -179,7 +179,7 @@ def test_a_scheduler_that_goes_away_is_said(tmp_path: Path) -> None:
     worker = start("distributed.cli.dask_worker", f"tcp://127.0.0.1:{port}", "--nthreads", "1", "--no-dashboard")
     try:
         _until_it_listens(port)
-        with pytest.raises(UserError, match="the scheduler went away; start it and run the same again"):
+        with pytest.raises(UserError, match="the scheduler is gone; start it and run the same command again"):
             for n, _ in map_jobs(work.square_by, range(1000), label="square", cluster=f"tcp://127.0.0.1:{port}"):
                 if n == 5:
                     scheduler.kill()
@@ -230,7 +230,7 @@ signal.raise_signal(signal.SIGINT)"""
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """sbatch, scancel and squeue that run a batch script as a process group of this machine. No SLURM is involved."""
+    """Replace sbatch, scancel and squeue by scripts that run a batch script as a process group. No SLURM is involved."""
     folder = tmp_path / "slurm"
     folder.mkdir()
     scripts = {
@@ -320,7 +320,7 @@ def test_a_job_that_ends_before_its_workers_come_is_named_though_no_slurm_daemon
     data_tools.distribute.slurm_workers.use_config(config)
     with (
         dask.config.set({"jobqueue.slurm.python": "/nowhere/python"}),
-        pytest.raises(UserError, match="job 1 was over before"),
+        pytest.raises(UserError, match="job 1 ended before"),
     ):
         list(map_jobs(work.square, [1], label="x", cluster="slurm", processes=1))
 

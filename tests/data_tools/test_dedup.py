@@ -1,4 +1,4 @@
-"""`megamoe data dedup`: what goes, what stays, and that the search for near hashes finds exactly what brute force does."""
+"""`megamoe data dedup`: what is dropped, what is kept, and that the search for near hashes equals brute force."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from data_tools.similar.near import first_near
+from data_tools.similar.hamming import first_near
 from data_tools.similar.perceptual import perceptual_hash
 from megamoe.core.errors import DataError, UserError
 from tests.data_tools.shaping import Members, full_sample, make_shards, outcome, photo, read_folder, read_tar, run
@@ -33,7 +33,7 @@ def dropped(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def changed(image: bytes, scale: float = 0.6, quality: int = 60, brightness: float = 1.1) -> bytes:
-    """The same picture as a crawl meets it again: smaller, brighter, compressed harder."""
+    """Return the same picture as a crawl finds it again: smaller, brighter, compressed harder."""
     out = io.BytesIO()
     with Image.open(io.BytesIO(image)) as whole:
         small = whole.resize((int(whole.width * scale), int(whole.height * scale)), Image.Resampling.LANCZOS)
@@ -51,7 +51,7 @@ def brute_force(hashes: list[int], distance: int, always_kept: int) -> list[int]
 
 @st.composite
 def clustered(draw: st.DrawFn) -> list[int]:
-    """Hashes of which many lie a few bits from one another, in chains too."""
+    """Make hashes of which many differ in few bits from others, also in chains."""
     hashes = draw(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=4))
     for _ in range(draw(st.integers(0, 40))):
         value = draw(st.sampled_from(hashes))

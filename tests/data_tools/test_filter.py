@@ -128,7 +128,7 @@ def test_samples_keep_all_members_and_the_source_is_not_touched(tmp_path: Path) 
     assert [path.name for path in sorted((tmp_path / "o").glob("*.tar"))] == ["00002.tar"]
     assert found["empty"] == ["00000.tar", "00001.tar"]
     assert (
-        "2 shards would be empty and are not there: 00000.tar, 00001.tar"
+        "2 shards would be empty and were not written: 00000.tar, 00001.tar"
         in run("filter", source, tmp_path / "o", "--where", "n>=40").output
     )
 

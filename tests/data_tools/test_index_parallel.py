@@ -17,7 +17,7 @@ from tests.data.shard_factory import sample, write_tar
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Six shards of 3 to 8 samples; one sample of 00002.tar has no caption and one of 00003.tar comes twice."""
+    """Make six shards of 3 to 8 samples; one sample of 00002.tar has no caption and one of 00003.tar repeats."""
     folder = tmp_path / "shards"
     for n in range(6):
         members = [member for i in range(3 + n) for member in sample(100 * n + i)]
@@ -93,14 +93,14 @@ def test_a_shard_that_cannot_be_used_is_named_with_its_reason_and_the_others_go_
     assert reason in result.stderr and len(indexes(shards)) == 5
 
 
-def test_samples_left_out_are_named_once_and_a_long_list_is_cut(shards: Path) -> None:
+def test_lost_samples_are_named_once_and_a_long_list_is_cut(shards: Path) -> None:
     write_tar(shards / "00005.tar", [*sample(0), *((f"alone-{n:02d}.jpg", b"1") for n in range(25))])
     said = index(shards).stderr
-    assert f"shard {shards}/00002.tar: 1 samples left out (x: no caption)\n" in said
-    assert f"shard {shards}/00003.tar: 1 samples left out (00300: twice)\n" in said
-    assert "25 samples left out (alone-00: no caption; " in said and "alone-10" not in said
+    assert f"shard {shards}/00002.tar: 1 samples lost (x: no caption)\n" in said
+    assert f"shard {shards}/00003.tar: 1 samples lost (00300: twice)\n" in said
+    assert "25 samples lost (alone-00: no caption; " in said and "alone-10" not in said
     assert "; and 15 more, which its index names)" in said
-    assert "left out" not in index(shards).stderr
+    assert "lost" not in index(shards).stderr
 
 
 def test_a_dry_run_says_what_would_be_read_and_writes_nothing(shards: Path, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
 
 @contextmanager
 def _slow_command(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A command whose two workers are in the middle of a job; a session of its own, as a terminal gives."""
+    """Start a command whose two workers are in the middle of a job, in its own session, as a terminal does."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.data_tools.work", str(folder)],
         cwd=ROOT,
@@ -120,7 +120,7 @@ def _alive(pid: int) -> bool:
 
 
 def _gone(session: int) -> bool:
-    """Whether no process of this session is left, after some seconds at most."""
+    """Return whether all processes of this session end within some seconds."""
     until = time.monotonic() + 6
     while time.monotonic() < until:
         left = []

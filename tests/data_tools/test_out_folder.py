@@ -30,7 +30,7 @@ verbs = pytest.mark.parametrize("verb", list(VERBS))
 
 
 def tars(folder: Path) -> dict[Path, int]:
-    """Shards and when they were written."""
+    """Return the shards and when they were written."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.tar") if not path.name.startswith(".")}
 
 

@@ -36,7 +36,7 @@ def repair(tmp_path: Path, *options: object) -> Result:
 
 
 def members(numbers: range = range(N)) -> list[tuple[str, bytes]]:
-    """Samples with a caption in txt and one json, as img2dataset writes them."""
+    """Make samples with a caption in txt and one json, as img2dataset writes them."""
     found = []
     for n in numbers:
         picture, text = sample(n)
@@ -49,7 +49,7 @@ def shard(tmp_path: Path, content: list[tuple[str, bytes]] | None = None, format
 
 
 def headers(path: Path) -> dict[str, int]:
-    """Offset of the header of each member."""
+    """Return the offset of the header of each member."""
     with tarfile.open(path) as tar:
         return {info.name: info.offset_data - 512 for info in tar}
 
@@ -71,7 +71,7 @@ def by_webdataset(path: Path) -> Samples:
 
 
 def saved(tmp_path: Path) -> list[str]:
-    """Keys in the repaired shard; both readers see the same, the index agrees, and each sample is what was written."""
+    """Return the keys in the repaired shard, after checking that both readers and the index agree on every sample."""
     path = tmp_path / "out" / "00000.tar"
     found = by_tarfile(path)
     assert by_webdataset(path) == found
@@ -192,7 +192,7 @@ def test_a_picture_before_damage_is_not_paired_with_a_caption_after_it(tmp_path:
 
 @pytest.mark.parametrize("cut", [0, 1024, 10240])
 def test_both_parts_of_joined_tars_are_saved(tmp_path: Path, cut: int) -> None:
-    """With the end blocks of the first part whole, reduced to the two that are needed, or gone."""
+    """The end blocks of the first part are complete, reduced to the two required ones, or missing."""
     one = write_tar(tmp_path / "1.tar", members(range(3)))
     two = write_tar(tmp_path / "2.tar", members(range(3, 6)))
     data = one.read_bytes()
@@ -253,7 +253,7 @@ def test_a_picture_that_comes_again_alone_takes_no_caption_from_elsewhere(tmp_pa
     assert entry["ranges"] == [[0, 512 + len(picture[1])]]
 
 
-def test_what_cannot_be_decoded_is_left_out_unless_told_otherwise(tmp_path: Path) -> None:
+def test_what_cannot_be_decoded_is_lost_unless_told_otherwise(tmp_path: Path) -> None:
     broken = bytearray(jpeg(1))
     del broken[-20:]
     content = [*sample(0), *sample(1, bytes(broken)), ("00002.jpg", jpeg(2)), ("00002.txt", b"\xff\xfe"), *sample(3)]
@@ -264,7 +264,7 @@ def test_what_cannot_be_decoded_is_left_out_unless_told_otherwise(tmp_path: Path
     assert result.exit_code == 0 and "1 copied; 4 samples saved" in result.output and not lost(tmp_path)
 
 
-def test_a_damaged_json_is_left_out_and_its_sample_saved(tmp_path: Path) -> None:
+def test_a_damaged_json_is_lost_and_its_sample_saved(tmp_path: Path) -> None:
     shard(tmp_path, [*sample(0), ("00000.json", b'{"caption": '), *sample(1)])
     assert repair(tmp_path).exit_code == 1 and saved(tmp_path) == keys(0, 1)
     assert [(entry["key"], entry["cause"]) for entry in lost(tmp_path)] == [("00000", "damaged json")]
@@ -282,7 +282,7 @@ def test_a_name_whose_long_form_was_lost_makes_no_sample(tmp_path: Path) -> None
 
 
 def test_a_caption_whose_block_was_lost_takes_no_other_text(tmp_path: Path) -> None:
-    """Whole blocks are missing from the file: behind the caption's header comes text of another sample."""
+    """Whole blocks are missing from the file: the caption's header is followed by text of another sample."""
     long = json.dumps({"caption": caption(2), "notes": "far away and long ago " * 100}).encode()
     content = [*sample(0), *sample(1), ("00002.json", long), *sample(2), *sample(3)]
     path = shard(tmp_path, content)
@@ -297,7 +297,7 @@ def test_a_caption_whose_block_was_lost_takes_no_other_text(tmp_path: Path) -> N
 
 
 def test_a_caption_with_the_end_of_another_text_is_no_caption(tmp_path: Path) -> None:
-    """Blocks are missing so that all headers still follow one another: only the text itself can show it."""
+    """Blocks are missing, but all headers still follow one another: only the text itself shows the damage."""
     path = shard(tmp_path, [*sample(0), *sample(1), ("00002.jpg", jpeg(2)), ("00002.txt", b"x" * 700), *sample(3)])
     at = headers(path)
     data = path.read_bytes()
@@ -350,7 +350,7 @@ def test_a_finished_shard_is_not_read_again_and_a_changed_one_is(tmp_path: Path)
 def test_a_source_is_never_written_over(tmp_path: Path) -> None:
     shard(tmp_path)
     result = run("repair", tmp_path / "in", tmp_path / "in")
-    assert isinstance(result.exception, DataError) and "a source is never changed" in str(result.exception)
+    assert isinstance(result.exception, DataError) and "which is never changed" in str(result.exception)
     write_tar(tmp_path / "more/00000.tar", members())
     result = run("repair", f"{tmp_path}/in::{tmp_path}/more", tmp_path / "out")
     assert isinstance(result.exception, DataError) and "has the name 00000" in str(result.exception)

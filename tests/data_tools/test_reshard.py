@@ -1,4 +1,4 @@
-"""`megamoe data reshard`: the same samples, cut anew."""
+"""`megamoe data reshard`: the same samples in other shards."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def frozen(samples: list[tuple[str, Members]]) -> Counter[tuple[str, tuple[tuple
 
 
 def small_shards(folder: Path, counts: list[int]) -> list[tuple[str, Members]]:
-    """Shards of small samples with members of many sizes; shards may be empty. Returns the samples in order."""
+    """Write shards of small samples with members of many sizes, and return the samples in order. Shards may be empty."""
     starts = [0, *accumulate(counts)]
     shards = [
         [
@@ -196,7 +196,7 @@ def test_a_shard_that_changed_after_the_scan_gives_an_error_not_other_bytes(tmp_
 
 def test_a_source_without_whole_samples_is_refused(tmp_path: Path) -> None:
     result = run("reshard", make_shards(tmp_path / "s", [[]]), tmp_path / "o", "--shard-size", 2)
-    assert isinstance(result.exception, DataError) and "hold no whole sample" in str(result.exception)
+    assert isinstance(result.exception, DataError) and "hold no sample" in str(result.exception)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Made-up scenes: captions tell the truth, places are unmistakable, combinations are held out."""
+"""Synthetic scenes: captions are true, places are unambiguous, combinations are held out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def scenes(split: str, level: int, seed: int = 1) -> list[Scene]:
 
 
 def box(scene: Scene, side: int = 64) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of what differs from the background."""
+    """Return left, top, right and bottom of what differs from the background."""
     pixels = np.asarray(render(scene, side)).astype(int)
     rows, columns = np.nonzero(np.abs(pixels - scene.grey).max(axis=2) > 8)
     return int(columns.min()), int(rows.min()), int(columns.max()), int(rows.max())

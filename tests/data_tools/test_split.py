@@ -1,4 +1,4 @@
-"""`megamoe data split` and the rule that it shares with the trainer."""
+"""`megamoe data split` and the rule that it shares with training."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def test_nothing_and_everything_can_be_held_out() -> None:
 @pytest.mark.parametrize(
     ("names", "shares", "message"),
     [
-        ("train,train", "0.5,0.5", "a name comes twice"),
+        ("train,train", "0.5,0.5", "a name repeats"),
         ("train,../x", "0.5,0.5", "names a folder"),
         ("..,x", "0.5,0.5", "names a folder"),
         ("train,validation", "0.5", "1 for 2 names"),
-        ("train,validation", "0.9,0.2", "together 1.1"),
+        ("train,validation", "0.9,0.2", "their sum is 1.1"),
         ("train,validation", "1,0", "each must be above 0"),
         ("train,validation", "most,0.1", "not numbers"),
     ],

@@ -1,4 +1,4 @@
-"""`megamoe data stats`: figures held against NumPy over the same tars, and a page that is safe to open."""
+"""`megamoe data stats`: figures compared with NumPy over the same tars, and a page that is safe to open."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def picture(width: int, height: int, kind: str = "JPEG", **options: Any) -> byte
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """Three shards of pictures of many sizes, and what is in them."""
+    """Make three shards of pictures of many sizes, and return what is in them."""
     folder, draw = tmp_path_factory.mktemp("set"), random.Random(1)
     truth: list[dict[str, Any]] = []
     for number in range(3):

@@ -26,7 +26,7 @@ def run(*arguments: object) -> Result:
 
 
 def check(tmp_path: Path, *options: object) -> tuple[Result, list[dict[str, Any]]]:
-    """The result, and the problems of all lines of the report file."""
+    """Return the result, and the problems of all lines of the report file."""
     report = tmp_path / "report.jsonl"
     result = run(tmp_path / "in", "--report", report, *options)
     lines = [json.loads(line) for line in report.read_text().splitlines()]

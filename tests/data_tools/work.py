@@ -1,4 +1,4 @@
-"""Jobs for tests of map_jobs: what worker processes import; run as a program, a verb of `megamoe data` that takes long."""
+"""Define jobs for tests of map_jobs that worker processes can import; as a program, run a slow `megamoe data` verb."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def square(n: int) -> int:
 
 
 def square_by(n: int) -> tuple[int, int]:
-    """The process too, and slowly enough that every worker gets some."""
+    """Return the process too, slowly enough that every worker gets some jobs."""
     time.sleep(0.02)
     return n * n, os.getpid()
 
 
 def die_once(job: tuple[int, Path]) -> int:
-    """The job that finds the file of its number there is killed while it works, the first time."""
+    """Kill the process of the job whose number has a file there, the first time."""
     n, folder = job
     trap = folder / str(n)
     if trap.exists():
@@ -29,7 +29,7 @@ def die_once(job: tuple[int, Path]) -> int:
 
 
 def count_others(job: tuple[int, Path]) -> int:
-    """How many of these jobs are under way at the most while this one is."""
+    """Return the maximum number of these jobs that run while this one does."""
     n, folder = job
     mine = folder / f"running-{n}"
     mine.touch()
@@ -66,7 +66,7 @@ def fail_oddly(n: int) -> int:
 
 
 def write_slowly(folder: Path) -> None:
-    """Holds an unfinished file for a minute."""
+    """Hold an unfinished file for a minute."""
     from megamoe.core.files import atomic_file
 
     with atomic_file(folder / f"made-{os.getpid()}") as file:

@@ -24,7 +24,7 @@ from megamoe.data.shards.sequential import read_samples
 from megamoe.evaluate import caption as caption_module
 from megamoe.evaluate.caption import evaluate_caption
 from megamoe.evaluate.results import read_results, results_folder, write_results
-from megamoe.report.page import write_report
+from megamoe.report.run_page import write_report
 from tests.data.shard_factory import jpeg, write_tar
 from tests.evaluate.conftest import LEARNT, shard
 from tests.training import megamoe

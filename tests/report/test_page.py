@@ -148,7 +148,7 @@ def test_nulls_missing_keys_and_no_experts_give_a_page(tmp_path: Path) -> None:
     assert "not finite" in page.text and "Load at the end" not in page.text
 
 
-def test_a_torn_last_line_of_a_run_in_progress_is_left_out(tmp_path: Path) -> None:
+def test_a_torn_last_line_of_a_run_in_progress_is_ignored(tmp_path: Path) -> None:
     run = make_run(tmp_path, [record(1), record(2)])
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')

@@ -1,4 +1,4 @@
-"""`megamoe data build`."""
+"""Define `megamoe data build`: its arguments, options and printed output."""
 
 from __future__ import annotations
 
@@ -17,37 +17,63 @@ _DISALLOWED = "noai,noimageai,noindex,noimageindex"
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=FOLDER)
-@click.option("--input-format", type=click.Choice(FORMATS), help="What SOURCE is.  [default: told by what it is]")
-@click.option("--url-col", help="Column of URLs.  [default: url or image_url]")
-@click.option("--image-col", help="Column of paths.  [default: image, image_path, filepath, file_name or path]")
-@click.option("--caption-col", help="Column of captions.  [default: caption, text or title]")
-@click.option("--image-root", type=FOLDER, help="Where the paths of a table begin.  [default: the table's folder]")
-@click.option("--captions-optional", is_flag=True, help="Keep pictures without a caption; training leaves them out.")
+@click.option("--input-format", type=click.Choice(FORMATS), help="Format of SOURCE.  [default: detected]")
+@click.option("--url-col", help="Column with the URLs.  [default: url or image_url]")
+@click.option("--image-col", help="Column with the paths.  [default: image, image_path, filepath, file_name or path]")
+@click.option("--caption-col", help="Column with the captions.  [default: caption, text or title]")
+@click.option(
+    "--image-root", type=FOLDER, help="Folder that relative paths in a table start from.  [default: the table's folder]"
+)
+@click.option("--captions-optional", is_flag=True, help="Keep pictures without a caption; training does not use them.")
 @click.option("--shard-size", type=click.IntRange(1), default=10_000, show_default=True, help="Samples per shard.")
-@click.option("--resize-mode", type=click.Choice(_MODES), default="no", show_default=True, help="no: bytes as they are.")
-@click.option("--image-size", type=click.IntRange(1, 8192), default=256, show_default=True, help="Pixels, if resized.")
-@click.option("--encode-quality", type=click.IntRange(1, 100), default=95, show_default=True, help="JPEG, if resized.")
-@click.option("--max-bytes", type=click.IntRange(1), default=32 << 20, show_default=True, help="Of one picture.")
-@click.option("--threads", type=click.IntRange(1), default=32, show_default=True, help="Downloads at a time, per process.")
-@click.option("--per-host", type=click.IntRange(1), default=8, show_default=True, help="Downloads at a time from one host.")
-@click.option("--timeout", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Seconds for an answer.")
-@click.option("--retries", type=click.IntRange(0, 10), default=2, show_default=True, help="Where the fault may pass.")
+@click.option(
+    "--resize-mode",
+    type=click.Choice(_MODES),
+    default="no",
+    show_default=True,
+    help='Resize the pictures as img2dataset does; "no" keeps their bytes.',
+)
+@click.option(
+    "--image-size", type=click.IntRange(1, 8192), default=256, show_default=True, help="Size of resized pictures in pixels."
+)
+@click.option(
+    "--encode-quality", type=click.IntRange(1, 100), default=95, show_default=True, help="JPEG quality of resized pictures."
+)
+@click.option(
+    "--max-bytes", type=click.IntRange(1), default=32 << 20, show_default=True, help="Maximum size of one picture in bytes."
+)
+@click.option("--threads", type=click.IntRange(1), default=32, show_default=True, help="Concurrent downloads per process.")
+@click.option(
+    "--per-host",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Concurrent downloads from one host, over all processes.",
+)
+@click.option(
+    "--timeout", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Seconds to wait for an answer."
+)
+@click.option(
+    "--retries",
+    type=click.IntRange(0, 10),
+    default=2,
+    show_default=True,
+    help="Retries after a fault that may be temporary.",
+)
 @click.option(
     "--disallowed-header-directives",
     default=_DISALLOWED,
     show_default=True,
-    help='Words of X-Robots-Tag that keep a picture out; "" for none.',
+    help='Directives of the X-Robots-Tag header that forbid the use of a picture; "" ignores the header.',
 )
-@click.option("--user-agent", help="Who is asking: put a way to reach you here.  [default: this tool and its version]")
-@click.option("--private-hosts", is_flag=True, help="Also download from addresses that are not on the public net.")
+@click.option("--user-agent", help="User-Agent header; include a way to reach you.  [default: this tool and its version]")
+@click.option("--private-hosts", is_flag=True, help="Also download from addresses outside the public internet.")
 @click.option(
     "--max-lost",
     type=click.FloatRange(0, 1),
-    help="Share of samples that may be left out before the exit status is 1.  [default: 0; with URLs 1]",
+    help="Largest share of samples that may be lost without exit status 1.  [default: 0; with URLs 1]",
 )
-@click.option(
-    "--retry-failed", is_flag=True, help="Ask once more for what could not be downloaded for shards that are done."
-)
+@click.option("--retry-failed", is_flag=True, help="Retry the failed downloads of finished shards.")
 @options.processes
 @options.cluster
 @options.dry_run
@@ -79,16 +105,16 @@ def build(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Make image-text shards OUT/00000.tar, ... from SOURCE.
+    """Build image-text shards OUT/00000.tar, ... from SOURCE.
 
     SOURCE is a folder of pictures with .txt or .json files of the same name beside them; a CSV, TSV, JSONL or parquet
     table (or a folder of them) with a column of captions and one of paths or URLs; or a .txt list of URLs. All other
-    columns are kept in each sample's .json. Names of columns, keys and files are those of img2dataset.
+    columns are kept in each sample's .json. Columns, keys and files are named as img2dataset names them.
 
-    What cannot be used is left out, counted, and named in the .parquet beside each shard. The same call again goes on
-    where a killed one ended.
+    A sample that cannot be used is lost: it is counted, and named in the .parquet beside each shard. After an
+    interruption, the same command continues where it stopped.
 
-    Exit status 1: more was left out than --max-lost allows, or there is nothing in the shards.
+    The exit status is 1 if more samples are lost than --max-lost allows, or if the shards hold no sample.
     """
     from data_tools.distribute.jobs import cluster_in_use
     from data_tools.sources.columns import Names
@@ -109,7 +135,7 @@ def build(
     if dry_run:
         found = plan(source, wanted)
         samples, shards = sum(chunk.samples for chunk in found.chunks), len(found.chunks)
-        text = f"{source}: {found.kind}, {found.note}; {samples} samples for {shards} shards in {out}; nothing is written"
+        text = f"{source}: {found.kind}, {found.note}; {samples} samples for {shards} shards in {out}; nothing was written"
         options.show({"format": found.kind, "count": samples, "shards": shards}, as_json, text)
         return
     report = make(source, out, wanted, processes, cluster=cluster_in_use(), retry_failed=retry_failed)

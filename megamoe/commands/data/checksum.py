@@ -1,4 +1,4 @@
-"""`megamoe data checksum`."""
+"""Define `megamoe data checksum`: its arguments, options and printed output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megamoe.commands.data.options import as_json, cluster, dry_run, processes, 
 @click.command()
 @click.argument("shards")
 @click.option("--write", "action", flag_value="write", help="Write SHA256SUMS into each folder of shards.")
-@click.option("--verify", "action", flag_value="verify", help="Hold the shards against SHA256SUMS beside them.")
+@click.option("--verify", "action", flag_value="verify", help="Compare the shards with the SHA256SUMS beside them.")
 @dry_run
 @processes
 @cluster
@@ -21,8 +21,8 @@ def checksum(
 ) -> None:
     """Print, write or verify the SHA-256 of each shard of SHARDS, as `sha256sum` does.
 
-    Without an option the sums are printed. A --write that was stopped goes on where it was. Exit status of --verify: 1
-    if a shard differs, is missing, cannot be read or has no sum.
+    Without an option, the sums are printed. After an interruption, --write continues where it stopped. The exit status
+    of --verify is 1 if a shard differs, is missing, cannot be read or has no sum.
     """
     from dataclasses import asdict
 
@@ -38,13 +38,13 @@ def checksum(
     elif action == "verify":
         verdict = verify_sums(paths, processes)
         lines = [f"{name}: {what}" for what, names in _named(asdict(verdict)) for name in names]
-        others = f"; {verdict.not_asked:,} other files listed were not read" if verdict.not_asked else ""
+        others = f"; {verdict.not_asked:,} other listed files were not read" if verdict.not_asked else ""
         lines.append(f"{verdict.right:,} of {len(paths):,} shards are right{others}")
         show(asdict(verdict), as_json, "\n".join(lines))
         ctx.exit(1 if verdict.bad else 0)
     elif action == "write":
         written = write_sums(paths, processes)
-        lines = [f"{name}: its sum is not the one that was listed before" for name in written.changed]
+        lines = [f"{name}: its sum differs from the one listed before" for name in written.changed]
         resumed = f", {written.resumed:,} of them by an earlier run" if written.resumed else ""
         lines.append(f"{', '.join(map(str, written.files))}: {written.shards:,} shards{resumed}")
         result = asdict(written) | {"files": [str(path) for path in written.files]}

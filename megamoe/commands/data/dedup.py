@@ -1,4 +1,4 @@
-"""`megamoe data dedup`."""
+"""Define `megamoe data dedup`: its arguments, options and printed output."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from megamoe.commands.data.options import FOLDER, as_json, cluster, dry_run, pro
     "--exact/--near",
     default=True,
     show_default=True,
-    help="Exact: the pictures' bytes are equal. Near: their perceptual hashes differ in few bits.",
+    help="Exact compares the bytes of the pictures, near their perceptual hashes.",
 )
 @click.option(
     "--distance",
     type=click.IntRange(0, 16),
     metavar="D",
-    help="With --near: most bits of 64 in which two hashes may differ.  [default: 4; above 6 slow on large sets]",
+    help="With --near: maximum number of the 64 bits that may differ.  [default: 4; above 6 is slow on large sets]",
 )
 @click.option(
     "--of",
     type=click.Choice(["image", "image+caption"]),
     default="image",
     show_default=True,
-    help="With --exact: what has to be equal.",
+    help="With --exact: what must be equal in two samples.",
 )
-@click.option("--against", metavar="EVAL_SHARDS", help="Drop as well what an evaluation set shows.")
+@click.option("--against", metavar="EVAL_SHARDS", help="Also drop samples that are in this evaluation set.")
 @processes
 @cluster
 @dry_run
@@ -50,19 +50,19 @@ def dedup(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Write the samples of SHARDS to OUT, each picture once: the first in the order of the shards stays.
+    """Write the samples of SHARDS to OUT without duplicate pictures.
 
-    A sample is dropped if it is equal or near to one before it that stays, or to one of EVAL_SHARDS. OUT/dropped.jsonl
-    names each with its partner.
+    A sample is dropped if it is equal or near to an earlier sample that is kept, or to a sample of EVAL_SHARDS.
+    OUT/dropped.jsonl names each dropped sample and the one that it duplicates.
     """
     from data_tools.verbs.dedup import dedup_shards
     from megamoe.commands.data.outcome import show_account
     from megamoe.core.errors import UserError
 
     if exact and distance is not None:
-        raise UserError(f"--distance {distance}: only --near has one; add --near or leave it out")
+        raise UserError(f"--distance {distance}: only --near uses a distance; add --near or omit --distance")
     if not exact and of != "image":
-        raise UserError(f"--of {of}: --near compares pictures only; use --exact or leave it out")
+        raise UserError(f"--of {of}: --near compares pictures only; use --exact or omit --of")
     account = dedup_shards(
         shards,
         out,

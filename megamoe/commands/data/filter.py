@@ -1,4 +1,4 @@
-"""`megamoe data filter`."""
+"""Define `megamoe data filter`: its arguments, options and printed output."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ def _codes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 @click.command(name="filter")
 @click.argument("shards")
 @click.argument("out", type=FOLDER)
-@click.option("--min-size", type=click.IntRange(1), metavar="PX", help="Least shorter side of the picture.")
-@click.option("--max-size", type=click.IntRange(1), metavar="PX", help="Greatest longer side of the picture.")
-@click.option("--max-aspect", type=click.FloatRange(1), metavar="R", help="Greatest longer side over shorter side.")
-@click.option("--min-caption-length", type=click.IntRange(1), metavar="CHARS", help="Least characters of the caption.")
-@click.option("--max-caption-length", type=click.IntRange(1), metavar="CHARS", help="Greatest characters of it.")
-@click.option("--language", callback=_codes, metavar="CODES", help="Languages of the caption, such as en,de.")
+@click.option("--min-size", type=click.IntRange(1), metavar="PX", help="Minimum shorter side of the picture.")
+@click.option("--max-size", type=click.IntRange(1), metavar="PX", help="Maximum longer side of the picture.")
+@click.option(
+    "--max-aspect", type=click.FloatRange(1), metavar="R", help="Maximum ratio of the longer side to the shorter."
+)
+@click.option("--min-caption-length", type=click.IntRange(1), metavar="CHARS", help="Minimum length of the caption.")
+@click.option("--max-caption-length", type=click.IntRange(1), metavar="CHARS", help="Maximum length of the caption.")
+@click.option("--language", callback=_codes, metavar="CODES", help="Languages that the caption may have, such as en,de.")
 @click.option(
     "--where",
     multiple=True,
     metavar='"COLUMN OP NUMBER"',
-    help='On a number in the json, such as "similarity>=0.28" or "punsafe<0.5"; OP is one of >= <= == != > <. '
-    "May be given several times.",
+    help='Condition on a number in the json, such as "similarity>=0.28" or "punsafe<0.5"; OP is one of >= <= == != > <. '
+    "It may be given several times.",
 )
 @click.option(
     "--missing",
     type=click.Choice(["drop", "keep"]),
     default="drop",
     show_default=True,
-    help="What to do with samples that lack a column of --where.",
+    help="Drop or keep samples that lack a column of --where.",
 )
 @processes
 @cluster
@@ -61,7 +63,10 @@ def filter_(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Write the samples of SHARDS that satisfy all conditions to OUT, one shard for each, and count the others."""
+    """Write the samples of SHARDS that satisfy all conditions to OUT, and count the dropped ones by condition.
+
+    Each shard of SHARDS becomes one shard of the same name in OUT.
+    """
     from data_tools.checks.conditions import Conditions, parse_where
     from data_tools.verbs.filter import filter_shards
     from megamoe.commands.data.outcome import show_account

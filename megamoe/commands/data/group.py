@@ -1,4 +1,4 @@
-"""The `megamoe data` verbs."""
+"""Collect the verbs of `megamoe data` in one command group."""
 
 from __future__ import annotations
 
@@ -24,4 +24,4 @@ _VERBS = {
 
 @click.group(cls=LazyGroup, verbs=_VERBS)
 def data() -> None:
-    """Make, check and keep image-text shards."""
+    """Build, check and maintain image-text shards."""

@@ -1,4 +1,4 @@
-"""`megamoe data index`."""
+"""Define `megamoe data index`: its arguments, options and printed output."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megamoe.commands.data.options import FOLDER, as_json, cluster, dry_run, pro
 
 @click.command()
 @click.argument("shards")
-@click.option("--out", type=FOLDER, help="Folder for the indexes. Default: beside each shard.")
-@click.option("--force", is_flag=True, help="Read all shards again, also those whose index is current.")
+@click.option("--out", type=FOLDER, help="Folder for the indexes.  [default: beside each shard]")
+@click.option("--force", is_flag=True, help="Also read the shards whose index is current.")
 @processes
 @cluster
 @dry_run
@@ -25,9 +25,10 @@ def index(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Read each tar of SHARDS once, check that it is whole, and write where its samples lie.
+    """Write the index of each tar of SHARDS: where its samples lie.
 
-    Shards whose index is current are skipped, so after an interruption the same command does the rest.
+    Each tar is read once and checked for damage. Shards whose index is current are skipped, so after an interruption
+    the same command does the rest.
     """
     import sys
     from dataclasses import asdict

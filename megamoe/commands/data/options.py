@@ -1,4 +1,4 @@
-"""Options that several verbs share, so that they are called the same and mean the same everywhere."""
+"""Define the options that several verbs share, so that they have the same name and meaning everywhere."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 processes = click.option(
     "--processes",
     type=click.IntRange(min=1),
-    help="Processes on this machine (with --cluster slurm: on all machines).  [default: one per core]",
+    help="Number of processes on this machine, or with --cluster slurm on all machines.  [default: one per core]",
 )
-dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")
+dry_run = click.option("--dry-run", is_flag=True, help="Report what would be done without writing anything.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 
 
 def cluster(command: Command) -> Command:
-    """``--cluster``, which says where ``map_jobs`` works, and ``--cluster-config``, which only it needs."""
+    """Add ``--cluster``, which selects where ``map_jobs`` runs, and ``--cluster-config``, its settings."""
 
     @functools.wraps(command)
     def there(*arguments: Any, cluster: str | None, **options: Any) -> Any:
@@ -41,15 +41,15 @@ def cluster(command: Command) -> Command:
             metavar="FILE",
             expose_value=False,
             callback=_use_config,
-            help="Settings of --cluster slurm as YAML: jobqueue: slurm: {cores, memory, queue, account, walltime, "
-            "interface, ...}, as in ~/.config/dask/jobqueue.yaml.",
+            help="YAML file with the settings of --cluster slurm: jobqueue: slurm: {cores, memory, queue, account, "
+            "walltime, interface, ...}, as in ~/.config/dask/jobqueue.yaml.",
         ),
         click.option(
             "--cluster",
             metavar="ADDRESS|slurm",
             is_eager=True,  # before --cluster-config, which asks for it
-            help="Work on many machines: tcp://HOST:PORT of a running Dask scheduler, or slurm, which starts workers as "
-            "SLURM jobs and ends them with the command. The folders must be the same on all machines.",
+            help="Use many machines: tcp://HOST:PORT of a running Dask scheduler, or slurm, which starts workers as SLURM "
+            "jobs and ends them with the command. All machines must share the folders.",
         ),
     ):
         decorated = option(decorated)
@@ -64,7 +64,9 @@ def show(result: dict[str, Any], as_json: bool, text: str) -> None:
 def _use_config(context: click.Context, parameter: click.Parameter, path: str | None) -> None:
     if path is not None:
         if context.params.get("cluster") != "slurm":
-            raise click.UsageError("--cluster-config: only --cluster slurm has settings; add it or leave the file out")
+            raise click.UsageError(
+                "--cluster-config: only --cluster slurm has settings; add --cluster slurm or omit the file"
+            )
         from data_tools.distribute.slurm_workers import use_config
 
         use_config(Path(path))

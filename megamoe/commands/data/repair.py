@@ -1,4 +1,4 @@
-"""`megamoe data repair`."""
+"""Define `megamoe data repair`: its arguments, options and printed output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from megamoe.commands.data.options import FOLDER, as_json, cluster, dry_run, pro
 @click.command()
 @click.argument("shards")
 @click.argument("out", type=FOLDER)
-@click.option("--decode/--no-decode", default=True, show_default=True, help="Leave out what cannot be decoded.")
+@click.option(
+    "--decode/--no-decode",
+    default=True,
+    show_default=True,
+    help="Decode each picture, and save only samples that can be decoded.",
+)
 @dry_run
 @processes
 @cluster
@@ -21,10 +26,10 @@ from megamoe.commands.data.options import FOLDER, as_json, cluster, dry_run, pro
 def repair(
     ctx: click.Context, shards: str, out: Path, decode: bool, dry_run: bool, processes: int | None, as_json: bool
 ) -> None:
-    """Save every good sample of SHARDS into whole shards of the same names in OUT.
+    """Save every good sample of SHARDS to intact shards of the same names in OUT.
 
-    What could not be saved is listed in OUT/NAME.lost.jsonl. Sources are only read; a shard without a fault is copied.
-    A run that was stopped goes on after its last whole shard. Exit status 1 if anything was lost, 0 if nothing was.
+    OUT/NAME.lost.jsonl lists what could not be saved. SHARDS are only read; a shard without a fault is copied. After an
+    interruption, the same command continues after the last finished shard. The exit status is 1 if anything was lost.
     """
     import sys
     from collections import Counter

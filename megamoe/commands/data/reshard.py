@@ -1,4 +1,4 @@
-"""`megamoe data reshard`."""
+"""Define `megamoe data reshard`: its arguments, options and printed output."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
         raise click.BadParameter(f"{value!r}: give bytes, such as 500MB or 1GiB")
     size = int(float(match.group(1)) * _UNITS[match.group(2)])
     if size < _LEAST:
-        raise click.BadParameter(f"{value!r}: the least is {_LEAST} bytes, a tar with one small sample")
+        raise click.BadParameter(f"{value!r}: the minimum is {_LEAST} bytes, a tar with one small sample")
     return size
 
 
 @click.command()
 @click.argument("shards")
 @click.argument("out", type=FOLDER)
-@click.option("--shard-size", type=click.IntRange(1), metavar="N", help="Samples per shard; the last may have fewer.")
-@click.option("--shard-bytes", callback=_bytes, metavar="B", help="Greatest size of a shard, such as 500MB or 1GiB.")
-@click.option("--shuffle", is_flag=True, help="Shuffle all samples among all shards.")
-@click.option("--seed", type=click.IntRange(0), metavar="S", help="Of the shuffle.  [default: 0]")
+@click.option("--shard-size", type=click.IntRange(1), metavar="N", help="Samples per shard; the last shard may have fewer.")
+@click.option("--shard-bytes", callback=_bytes, metavar="B", help="Maximum size of a shard, such as 500MB or 1GiB.")
+@click.option("--shuffle", is_flag=True, help="Shuffle all samples across all shards.")
+@click.option("--seed", type=click.IntRange(0), metavar="S", help="Seed of the shuffle.  [default: 0]")
 @click.option(
     "--memory",
     type=click.FloatRange(0, min_open=True),
     default=4.0,
     show_default=True,
     metavar="GIB",
-    help="For samples on their way, all processes together. It does not change the result.",
+    help="Memory for samples in flight, all processes together. It does not change the result.",
 )
 @processes
 @cluster
@@ -65,16 +65,16 @@ def reshard(
 ) -> None:
     """Write the samples of SHARDS to OUT in shards of equal size, in the same order or shuffled.
 
-    A key that comes again within a new shard becomes KEY-2, KEY-3, ...; the number of such samples is printed.
+    A key that repeats within a new shard becomes KEY-2, KEY-3, ...; the number of such samples is printed.
     """
     from data_tools.verbs.reshard import reshard_shards
     from megamoe.commands.data.outcome import show_account
     from megamoe.core.errors import UserError
 
     if (shard_size is None) == (shard_bytes is None):
-        raise UserError("reshard: how large are the shards to be? give either --shard-size or --shard-bytes")
+        raise UserError("reshard: the size of the shards is not given; give either --shard-size or --shard-bytes")
     if seed is not None and not shuffle:
-        raise UserError(f"--seed {seed}: nothing is random without --shuffle; add it or leave the seed out")
+        raise UserError(f"--seed {seed}: nothing is random without --shuffle; add --shuffle or omit --seed")
     account = reshard_shards(
         shards,
         out,

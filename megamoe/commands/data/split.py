@@ -1,4 +1,4 @@
-"""`megamoe data split`."""
+"""Define `megamoe data split`: its arguments, options and printed output."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from megamoe.commands.data.options import FOLDER, as_json, cluster, dry_run, pro
 @click.command()
 @click.argument("shards")
 @click.argument("out", type=FOLDER)
-@click.option("--names", default="train,validation", show_default=True, help="Parts; each becomes a folder in OUT.")
-@click.option("--shares", default="0.99,0.01", show_default=True, help="Shares of the parts, together 1.")
+@click.option(
+    "--names", default="train,validation", show_default=True, help="Names of the parts; each becomes a folder in OUT."
+)
+@click.option("--shares", default="0.99,0.01", show_default=True, help="Shares of the parts; their sum is 1.")
 @processes
 @cluster
 @dry_run
@@ -31,7 +33,7 @@ def split(
 ) -> None:
     """Write the samples of SHARDS to one folder per part in OUT.
 
-    The key of a sample alone decides on its part, so a sample stays where it is when shards are cut anew.
+    The part of a sample depends on its key alone, so a sample stays in its part when the set is resharded.
     """
     from data_tools.verbs.split import split_shards
     from megamoe.commands.data.outcome import show_account

@@ -1,4 +1,4 @@
-"""`megamoe data stats`."""
+"""Define `megamoe data stats`: its arguments, options and printed output."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from megamoe.commands.data.options import FILE, FOLDER, as_json, cluster, dry_ru
 @click.command()
 @click.argument("shards")
 @click.option("--out", type=FOLDER, help="Write stats.json and stats.html to this folder.  [default: only print]")
-@click.option("--sample", type=click.IntRange(0, 500), default=24, show_default=True, help="Pictures on the page.")
-@click.option("--tokenizer", type=FILE, help="A vocabulary (.model): count the tokens of captions.")
+@click.option(
+    "--sample", type=click.IntRange(0, 500), default=24, show_default=True, help="Number of sample pictures on the page."
+)
+@click.option("--tokenizer", type=FILE, help="Vocabulary (.model) to count the tokens of captions with.")
 @dry_run
 @processes
 @cluster
@@ -31,9 +33,9 @@ def stats(
 ) -> None:
     """Describe SHARDS: sizes, captions, words, numbers in the json, and a page with figures and sample pictures.
 
-    Exit status 1 if a shard is damaged: then the figures are of what lies before the damage.
+    The exit status is 1 if a shard is damaged; its figures then cover what lies before the damage.
     """
-    from data_tools.stats.collect import collect_stats
+    from data_tools.stats.shard_stats import collect_stats
     from megamoe.data.shards.expand import local_shards
 
     paths = local_shards([shards])
@@ -43,7 +45,7 @@ def stats(
         show({"shards": len(paths), "files": written, "dry_run": True}, as_json, text)
         return
     found = collect_stats(paths, tokenizer=tokenizer, sample=sample if out else 0, processes=processes)
-    from data_tools.stats.page import summary, write_stats  # matplotlib: not needed by the worker processes
+    from data_tools.stats.stats_page import summary, write_stats  # matplotlib: not needed by the worker processes
 
     made = write_stats(found, out, shards, sample) if out else []
     lines = [f"{label + ':':<24}{value}" for label, value in summary(found).items()]

@@ -1,4 +1,4 @@
-"""`megamoe data synth`."""
+"""Define `megamoe data synth`: its arguments, options and printed output."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ from megamoe.commands.data.options import FOLDER, as_json, dry_run, show
 
 @click.command()
 @click.argument("out", type=FOLDER)
-@click.option("--samples", type=click.IntRange(1), required=True, help="Training samples.")
-@click.option("--seed", type=click.IntRange(0), required=True, help="The same seed gives the same bytes.")
+@click.option("--samples", type=click.IntRange(1), required=True, help="Number of training samples.")
+@click.option("--seed", type=click.IntRange(0), required=True, help="Seed of the set; the same seed gives the same bytes.")
 @click.option(
     "--level",
     type=click.Choice(["1", "2", "3"]),
     default="1",
     show_default=True,
-    help="1: one object at a place; 2: several equal objects; 3: two objects in a relation.",
+    help="Difficulty: 1 is one object at a place, 2 several equal objects, 3 two objects in a relation.",
 )
-@click.option("--image-size", type=click.IntRange(32, 4096), default=64, show_default=True, help="Side in pixels.")
+@click.option(
+    "--image-size", type=click.IntRange(32, 4096), default=64, show_default=True, help="Side of the pictures in pixels."
+)
 @click.option("--shard-size", type=click.IntRange(1), default=2000, show_default=True, help="Samples per shard.")
 @click.option(
     "--validation",
     type=click.IntRange(0),
     default=1000,
     show_default=True,
-    help="Samples of OUT/validation (other pictures) and of OUT/combinations (combinations that training never shows).",
+    help="Samples of OUT/validation (other pictures), and of OUT/combinations (combinations that training never shows).",
 )
-@click.option("--quality", type=click.IntRange(1, 100), default=90, show_default=True, help="JPEG quality.")
+@click.option("--quality", type=click.IntRange(1, 100), default=90, show_default=True, help="JPEG quality of the pictures.")
 @click.option(
     "--corrupt",
     type=click.FloatRange(0, 1),
     default=0.0,
     show_default=True,
-    help="Share of training pictures whose bytes are spoilt, as in a crawl.",
+    help="Share of training pictures whose bytes are damaged, as in a crawl.",
 )
 @dry_run
 @as_json
@@ -69,6 +71,6 @@ def synth(
     )
     text = f"{out}: {samples} training samples, {validation} validation, {validation} combinations"
     if dry_run:
-        text += f"; {len(shards)} shards, nothing is written"
+        text += f"; {len(shards)} shards, nothing was written"
     result = {"train": samples, "validation": validation, "combinations": validation}
     show({"out": str(out), **result, "shards": [str(shard) for shard in shards], "dry_run": dry_run}, as_json, text)

@@ -1,4 +1,4 @@
-"""`megamoe data tokenizer`."""
+"""Define `megamoe data tokenizer`: its arguments, options and printed output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megamoe.commands.data.options import as_json, dry_run, show
 @click.command()
 @click.argument("shards")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--vocab-size", type=click.IntRange(1), required=True, help="Pieces; at least 261.")
+@click.option("--vocab-size", type=click.IntRange(1), required=True, help="Size of the vocabulary in pieces, at least 261.")
 @dry_run
 @as_json
 def tokenizer(shards: str, out: Path, vocab_size: int, dry_run: bool, as_json: bool) -> None:
@@ -25,7 +25,7 @@ def tokenizer(shards: str, out: Path, vocab_size: int, dry_run: bool, as_json: b
     if dry_run:
         check_size(vocab_size)
         count = len(expand_shards([shards]))
-        text = f"{path}: {vocab_size} pieces from the captions of {count} shards; nothing is written"
+        text = f"{path}: {vocab_size} pieces from the captions of {count} shards; nothing was written"
         show({"model": str(path), "shards": count, "dry_run": True}, as_json, text)
         return
     lost: list[str] = []
@@ -35,4 +35,4 @@ def tokenizer(shards: str, out: Path, vocab_size: int, dry_run: bool, as_json: b
     result = {"model": str(path), "pieces": made.size, "fingerprint": made.fingerprint, "lost": lost, "dry_run": False}
     show(result, as_json, f"{path}: {made.size} pieces{short}")
     if lost:
-        click.echo(f"{len(lost)} samples left out, the first {lost[0]}", err=True)
+        click.echo(f"{len(lost)} samples lost; the first: {lost[0]}", err=True)

@@ -1,4 +1,4 @@
-"""`megamoe data validate`."""
+"""Define `megamoe data validate`: its arguments, options and printed output."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import click
 
 from megamoe.commands.data.options import FILE, as_json, cluster, processes, show
 
-_NAMED = 3  # problems of each cause that are spelled out per shard; the report file has all
+_NAMED = 3  # problems of each cause named per shard; the report file has all
 
 
 @click.command()
 @click.argument("shards")
-@click.option("--decode/--no-decode", default=True, show_default=True, help="Decode each picture, or see how it begins.")
+@click.option(
+    "--decode/--no-decode", default=True, show_default=True, help="Decode each picture, or only check its first bytes."
+)
 @click.option("--report", type=FILE, help="Write all problems to this file, one JSON object per shard and line.")
 @processes
 @cluster
@@ -22,9 +24,9 @@ _NAMED = 3  # problems of each cause that are spelled out per shard; the report 
 def validate(
     ctx: click.Context, shards: str, decode: bool, report: Path | None, processes: int | None, as_json: bool
 ) -> None:
-    """Check each sample of SHARDS: whole tars, pictures, captions, keys, indexes.
+    """Check SHARDS for damage: tars, pictures, captions, keys and indexes.
 
-    Exit status 1 if anything is wrong, 0 if nothing is.
+    The exit status is 1 if anything is wrong.
     """
     import json
     import sys

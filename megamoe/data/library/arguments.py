@@ -1,4 +1,4 @@
-"""The arguments of :class:`.ShardDataset`: checked, with one line that names what does not fit."""
+"""Check the arguments of :class:`.ShardDataset`; an error is one line that names the argument."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Shards = str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]]
 
 
 def checked_settings(**settings: Any) -> DataConfig:
-    """Section ``data`` of a config with these settings; ``train`` is what the caller knows as ``urls``."""
+    """Return section ``data`` of a config with these settings. Errors call ``train`` by its name here, ``urls``."""
     try:
         return DataConfig(**settings)
     except ValidationError as error:
@@ -27,14 +27,14 @@ def checked_settings(**settings: Any) -> DataConfig:
 
 
 def plain_names(urls: Shards) -> Any:
-    """``urls`` with strings for paths."""
+    """Return ``urls`` with paths as strings."""
     if isinstance(urls, str | Path):
         return str(urls)
     return [str(each) if isinstance(each, Path) else each for each in urls]
 
 
 def which_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """This rank and how many there are: as given, of torch.distributed, of the environment, or alone."""
+    """Return this rank and the number of ranks: as given, else from torch.distributed, else from the environment."""
     if (rank is None) != (world_size is None):
         raise UserError("rank and world_size: give both or neither")
     if rank is None or world_size is None:
@@ -48,7 +48,11 @@ def which_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
 
 
 def whole_micro_batch(global_batch: int, micro_batch: int | None, ranks: int) -> int:
-    """The micro-batch, by default all that a rank has of the global batch; it must go into it a whole number of times."""
+    """Return the micro-batch; the default is a rank's whole part of the global batch.
+
+    Raises:
+        UserError: the global batch is not a whole number of micro-batches on each rank.
+    """
     size = at_least("global_batch", global_batch, 1) // ranks if micro_batch is None else micro_batch
     if size < 1 or global_batch % (size * ranks):
         what = f"micro_batch {micro_batch} x " if micro_batch is not None else ""
@@ -57,7 +61,7 @@ def whole_micro_batch(global_batch: int, micro_batch: int | None, ranks: int) ->
 
 
 def at_least(name: str, value: int, least: int) -> int:
-    """``value`` if it is a whole number of ``least`` or more."""
+    """Return ``value`` if it is a whole number of at least ``least``; otherwise raise UserError."""
     if not isinstance(value, int) or value < least:
         raise UserError(f"{name} {value!r}: must be a whole number of {least} or more")
     return value

@@ -1,4 +1,4 @@
-"""Shards as a PyTorch data set: samples as webdataset has them, in an order that ranks and workers do not change.
+"""Read shards as a PyTorch data set: webdataset's samples, in an order that does not depend on ranks or workers.
 
 dataset = ShardDataset("shards/{00000..00063}.tar", global_batch=1024)
 pipeline = dataset.decode("pil").rename(image="jpg;png", text="txt").to_tuple("image", "text").batched(dataset.micro_batch)
@@ -34,45 +34,47 @@ Handler = Callable[[Exception], bool]
 
 
 class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
-    """Samples ``{"__key__": ..., "__url__": ..., ext: bytes, ...}``, each once per epoch over all ranks and workers.
+    """Yield samples ``{"__key__": ..., "__url__": ..., ext: bytes, ...}``, each once per epoch over all ranks and workers.
 
-    It is the first stage of a :class:`webdataset.DataPipeline`, and has webdataset's methods itself: ``.decode(...)``,
-    ``.map(...)``, ``.batched(...)`` give a pipeline that has the state of this data set. Samples are those of
+    It is the first stage of a :class:`webdataset.DataPipeline` and has webdataset's methods itself: ``.decode(...)``,
+    ``.map(...)`` and ``.batched(...)`` return a pipeline that has the state of this data set. Its samples are those of
     :mod:`megamoe.data.shards.index`, with all their members: a picture and a caption are required.
 
-    R ranks take the samples of the order in turn, so step t of any R has the same ``global_batch`` samples. The workers of
-    a rank take its samples in turn, ``micro_batch`` at a time: if each of their batches has so many, the loader gives the
-    same batches in the same order for any number of workers.
+    R ranks take the samples of the order in turn, so step t has the same ``global_batch`` samples for any R. The workers
+    of a rank take its samples in turn, ``micro_batch`` at a time. If the pipeline makes batches of that size, the loader
+    returns the same batches in the same order for any number of workers.
 
-    ``iter()`` goes on where this object is. In worker processes that is where the main process's object was when they were
-    started, so take one ``iter()`` of a loader for the whole run, or set ``persistent_workers``.
+    ``iter()`` resumes at the position of this object. In a worker process that is the position which the main process's
+    object had when the worker started. So take one ``iter()`` of a loader for the whole run, or set
+    ``persistent_workers``.
 
     Args:
         urls: shards as :func:`megamoe.data.shards.expand.expand_shards` takes them, or several sources as
             ``{"shards": ..., "weight": 1.0, "name": ...}``; the weight is the share of the samples read.
         global_batch: samples per step over all ranks.
-        micro_batch: samples that are taken from a worker at a time; default the rank's part of the global batch.
+        micro_batch: samples taken from a worker at a time; default the rank's part of the global batch.
         seed: seed of the order.
-        shuffle_shards: samples are shuffled within windows of so many shards, shards over the epoch. At least 1, which
-            shuffles the samples of each shard: there is no unshuffled order.
-        epochs: epochs of one ``iter()``; None: endless. Needs a single source, as sources have epochs of their own.
-        held_out: share of the samples, chosen by a hash of their keys, that is left out.
+        shuffle_shards: window size in shards: shards are shuffled over the epoch, samples within a window. At least 1,
+            which shuffles the samples of each shard: there is no unshuffled order.
+        epochs: epochs of one ``iter()``; None: endless. Needs a single source, as each source has its own epochs.
+        held_out: share of the samples, chosen by a hash of their keys, that is held out.
         rank: number of this rank; default that of torch.distributed if it is initialised, else ``$RANK``, else 0.
         world_size: number of ranks; default likewise.
-        index_dir: folder of indexes that do not lie beside their shards, also of those made on the way. Default: in the
-            cache.
-        cache: folder of this node for shards that are not local files. Default ``$MEGAMOE_CACHE``, else
+        index_dir: folder of the indexes that do not lie beside their shards; new indexes are written there. Default: in
+            the cache.
+        cache: folder on this node for shards that are not local files. Default ``$MEGAMOE_CACHE``, else
             ``~/.cache/megamoe/shards``.
-        cache_gb: its size in GB.
-        handler: webdataset's: called with the exception when a shard (:class:`.BadShard`) or a sample
-            (:class:`.CorruptSample`) cannot be read; True goes on without it, False ends the iteration.
+        cache_gb: maximum size of the cache in GB.
+        handler: called as webdataset's with the exception when a shard (:class:`.BadShard`) or a sample
+            (:class:`.CorruptSample`) cannot be read. If it returns True, the iteration continues without it; False ends
+            the iteration.
 
     Attributes:
         micro_batch: as above.
         lost: samples that this process could not read, by cause: ``shard``, ``incomplete``.
 
     Raises:
-        UserError: an argument does not fit.
+        UserError: an argument is not valid.
         DataError: a shard is missing or named twice.
     """
 
@@ -113,7 +115,7 @@ class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
         if epochs is not None and len(self._data.sources) > 1:
             raise UserError(
                 f"epochs {epochs}: {len(self._data.sources)} sources each have epochs of their own length; "
-                "leave epochs out, or name all shards as one source"
+                "omit epochs, or name all shards as one source"
             )
         self._handler = handler
         self._order = {"shards": data_fingerprint(self._data), "seed": seed, "shuffle_shards": shuffle_shards}
@@ -131,7 +133,8 @@ class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
             progress = self._progress = progress.next_pass()
         progress.taken, progress.lost = progress.whole, Counter(progress.lost_before)
         storage = Storage(self._cache)
-        data = self._data.with_quarantine(progress.quarantine)  # the same dict: a shard set aside is so at once
+        # The same dict: a shard is out of use as soon as it is quarantined.
+        data = self._data.with_quarantine(progress.quarantine)
         catalog = Catalog(data, storage)
         order = self._running = SampleOrder(
             [len(source.shards) for source in data.sources],
@@ -151,33 +154,33 @@ class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
             storage.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, at the last whole micro-batch of this process. Lists and numbers.
+        """Return the position at the last whole micro-batch of this process, as lists and numbers.
 
-        It is equal on all ranks (but for what they lost) when all have taken the same number of micro-batches.
+        It is equal on all ranks, except for what they lost, when all have taken the same number of micro-batches.
         """
         progress = self._here()
         return progress.to_state(self._order, self._anchors())
 
     def load_state_dict(self, state: Any) -> None:
-        """Go on from ``state``: with any number of ranks and workers, any global batch and any micro-batch.
+        """Resume from ``state`` with any number of ranks and workers, any global batch and any micro-batch.
 
         Args:
-            state: of a rank, or a list of those of several ranks, or that of a ``StatefulDataLoader`` over this data set or
-                a pipeline of it. Of several the earliest position counts.
+            state: the state of one rank, a list of the states of several ranks, or the state of a ``StatefulDataLoader``
+                over this data set or a pipeline of it. Of several states, the earliest position counts.
 
         Raises:
-            DataError: it is none, or that of other shards, another seed or another window.
+            DataError: it is not a state, or it belongs to other shards, another seed or another window.
         """
-        # a StatefulDataLoader gives each of its workers the state of just that one
+        # A StatefulDataLoader gives each worker that worker's own state only.
         self._progress = from_state(state, self._order, self._share() if get_worker_info() is not None else None)
         self._running = None
 
     def compose(self, *stages: Any) -> ShardPipeline:
-        """A pipeline of this data set and ``stages``."""
+        """Return a pipeline of this data set and ``stages``."""
         return ShardPipeline(self).compose(*stages)
 
     def __getstate__(self) -> dict[str, Any]:
-        # what runs here, with its open files, stays here; a copy in a worker begins at the last whole micro-batch
+        # The running iterator and its open files cannot be copied; the copy begins at the last whole micro-batch.
         return {**self.__dict__, "_progress": replace(self._progress, anchors=self._anchors()), "_running": None}
 
     def _share(self) -> Share:
@@ -186,7 +189,7 @@ class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
         return Share(self._rank, self._ranks, worker, workers, self.micro_batch)
 
     def _here(self) -> Progress:
-        """The progress of this process: a worker takes over its share of that of the main process."""
+        """Return the progress of this process; a worker takes its share of the main process's progress."""
         share = self._share()
         if self._progress.share != share:
             self._progress = replace(self._progress, anchors=self._anchors()).by(share)
@@ -207,7 +210,7 @@ class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
                 try:
                     return order.locate(0, position)
                 except BadShard as bad:
-                    self._set_aside(bad, progress, data)
+                    self._quarantine(bad, progress, data)
 
         if self._epochs is not None and progress.until is None:
             progress.until = (locate(progress.began).epoch // self._epochs + 1) * self._epochs
@@ -218,7 +221,7 @@ class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
                 places = range(max(progress.began, progress.anchors[0].start), position + 1)
                 progress.end = places[bisect.bisect_left(places, progress.until, key=lambda place: locate(place).epoch)]
                 progress.lost_before = Counter(progress.lost)
-                progress.taken += -progress.taken % share.batch  # the last micro-batch is as whole as it gets
+                progress.taken += -progress.taken % share.batch  # no more samples come: count the last micro-batch as whole
                 return
             sample = self._read(ref, progress, data, catalog)
             progress.taken += 1
@@ -228,15 +231,15 @@ class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
                 yield sample
 
     def _read(self, ref: SampleRef, progress: Progress, data: DataSet, catalog: Catalog) -> dict[str, Any] | None:
-        """The sample, or None if it cannot be had and the handler says to go on."""
+        """Return the sample; None if it is lost and the handler says to continue."""
         shard = data.sources[ref.source].shards[ref.shard]
         try:
-            key, members, left_out = catalog.read_all(ref.source, ref.shard, ref.sample)
-            for name, why in left_out:
+            key, members, lost = catalog.read_all(ref.source, ref.shard, ref.sample)
+            for name, why in lost:
                 self._handle(CorruptSample(f"sample {name}: {why}"))
                 progress.lost["incomplete"] += 1
         except BadShard as bad:
-            self._set_aside(bad, progress, data)
+            self._quarantine(bad, progress, data)
         except InQuarantine:
             pass
         else:
@@ -244,20 +247,20 @@ class ShardDataset(IterableDataset[dict[str, Any]], wds.FluidInterface):
         progress.lost["shard"] += 1
         return None
 
-    def _set_aside(self, bad: BadShard, progress: Progress, data: DataSet) -> None:
-        """Do without a shard if the handler says so. Samples that it is known to have keep their places in the order."""
+    def _quarantine(self, bad: BadShard, progress: Progress, data: DataSet) -> None:
+        """Quarantine a shard if the handler agrees. The samples it is known to have keep their places in the order."""
         self._handle(bad)
         count = max(bad.count, learnt_count(data, bad.shard, self._cache, fetch=False))
         share = progress.share
         assert share is not None
         if count < 0 and isinstance(bad.__cause__, ShardUnavailable) and share.ranks * share.workers > 1:
             raise DataError(
-                f"{bad}; nobody has counted its samples yet, so readers that can have it would be at other samples: "
-                "index all shards before the run or leave it out"
+                f"{bad}; its samples have not been counted, so readers that can read it would be at other samples: "
+                "index all shards before the run or omit this one"
             ) from bad
         progress.quarantine[bad.shard] = max(0, count)
         if len(progress.quarantine) == sum(len(source.shards) for source in data.sources):
-            raise DataError(f"{bad}; no other shard is left") from bad
+            raise DataError(f"{bad}; all shards are quarantined") from bad
 
     def _handle(self, error: Exception) -> None:
         if not self._handler(error):

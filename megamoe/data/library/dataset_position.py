@@ -1,8 +1,8 @@
-"""How far a :class:`.ShardDataset` has come, in one number that no rank or worker count is part of.
+"""Record how far a :class:`.ShardDataset` has come, in one number that does not depend on ranks or workers.
 
 The order is one endless line of positions. From a position ``began`` on, R ranks take its positions in turn, one sample
 each, and the W workers of a rank take the rank's samples in turn, one micro-batch each. So when every rank has taken k
-micro-batches of b samples, the positions before ``began + k * b * R`` are those that were handed out, whatever R and W.
+micro-batches of b samples, exactly the positions before ``began + k * b * R`` were handed out, whatever R and W are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FORMAT = "megamoe.data.ShardDataset/1"
 
 
 class Share(NamedTuple):
-    """Which samples are those of worker ``worker`` of rank ``rank``; ``batch`` is the micro-batch."""
+    """Name one reader and so its samples: worker ``worker`` of rank ``rank``; ``batch`` is the micro-batch."""
 
     rank: int
     ranks: int
@@ -29,33 +29,33 @@ class Share(NamedTuple):
     batch: int
 
     def position(self, began: int, taken: int) -> int:
-        """Position of this reader's sample number ``taken``."""
+        """Return the position of this reader's sample number ``taken``."""
         return began + self._of_rank(taken) * self.ranks + self.rank
 
     def done(self, began: int, taken: int) -> int:
-        """The position before which, as far as this reader tells, all is handed out: equal on all ranks."""
+        """Return the position before which, judging by this reader, all samples are handed out. Equal on all ranks."""
         return began + self._of_rank(taken) * self.ranks
 
     def _of_rank(self, taken: int) -> int:
-        """The number among its rank's samples of this reader's sample number ``taken``."""
+        """Return which of its rank's samples this reader's sample number ``taken`` is."""
         batches, within = divmod(taken, self.batch)
         return (batches * self.workers + self.worker) * self.batch + within
 
 
 @dataclass
 class Progress:
-    """Where a reader is.
+    """The position of a reader.
 
     Attributes:
         began: the position from which ``share`` counts.
         anchors: by source, a window that begins no later than what this reader still needs.
-        quarantine: shard -> the samples it counts for in the order; not read any more.
-        share: set when somebody begins to read.
+        quarantine: quarantined shard -> the samples it counts for in the order.
+        share: which reader this is; None until reading begins.
         taken: samples of the share that were handed out or lost; after the last one rounded up to micro-batches.
-        until: the pass ends where this epoch begins; None: not known yet, or endless.
-        end: that position, once the pass has ended.
+        until: the epoch at whose beginning the pass ends; None: not known yet, or endless.
+        end: the position at which the pass ended; None while it runs.
         lost: samples that could not be read, by cause.
-        lost_before: as it was at the last whole micro-batch.
+        lost_before: ``lost`` at the last whole micro-batch.
     """
 
     began: int
@@ -70,30 +70,31 @@ class Progress:
 
     @property
     def whole(self) -> int:
-        """``taken`` in whole micro-batches: what comes behind has perhaps read samples that it did not hand out yet."""
+        """``taken`` rounded down to micro-batches: samples of a partial one may be read but not handed out yet."""
         return self.taken if self.share is None else self.taken - self.taken % self.share.batch
 
     @property
     def position(self) -> int:
-        """All samples before it are handed out, whoever has them."""
+        """The position before which all samples are handed out, by any reader."""
         if self.end is not None:
             return self.end
         return self.began if self.share is None else self.share.done(self.began, self.whole)
 
     def by(self, share: Share) -> Progress:
-        """This progress, to be gone on with by ``share``."""
+        """Return this progress for ``share`` to continue."""
         if self.share == share:
             return self
-        lost = Counter(self.lost_before) if share.worker == 0 else Counter[str]()  # or each worker would tell them again
+        # Else each worker would report them again.
+        lost = Counter(self.lost_before) if share.worker == 0 else Counter[str]()
         return Progress(self.position, self.anchors, dict(self.quarantine), share, lost=lost, lost_before=Counter(lost))
 
     def next_pass(self) -> Progress:
-        """The pass after this one, which has ended."""
+        """Return the start of the pass after this one, which has ended."""
         assert self.end is not None
         return replace(self, began=self.end, taken=0, until=None, end=None)
 
     def to_state(self, order: Mapping[str, Any], anchors: tuple[Anchor, ...]) -> dict[str, Any]:
-        """What :func:`from_state` reads. ``order`` is what the order depends on."""
+        """Return what :func:`from_state` reads. ``order`` holds the settings that the order depends on."""
         assert self.share is not None
         return {
             "format": FORMAT,
@@ -110,13 +111,14 @@ class Progress:
 
 
 def from_state(content: Any, order: Mapping[str, Any], share: Share | None) -> Progress:
-    """Read what :meth:`Progress.to_state` gave to one or several readers, wherever in ``content`` it is.
+    """Find the states of one or several readers anywhere in ``content`` and return the progress to resume from.
 
-    With several the earliest position counts, so nothing is left out. With ``share`` it must be the state of this very
-    reader, which goes on where it was; without, the state is that of the whole data set, for any number of readers.
+    Of several states the earliest position counts, so no sample is missed. With ``share``, the state must belong to
+    exactly this reader, which resumes where it was. Without, the result stands for the whole data set and any number of
+    readers.
 
     Raises:
-        DataError: there is none in it, or it belongs to another order or another reader.
+        DataError: it holds no state, or one of another order or another reader.
     """
     states = list(_find(content))
     if not states:
@@ -135,15 +137,15 @@ def from_state(content: Any, order: Mapping[str, Any], share: Share | None) -> P
         reader = states[0]["reader"]
         if tuple(reader["share"]) != share:
             raise DataError(
-                f"data state: of reader {_named(reader['share'])}, and this is {_named(share)}; "
-                "load it into the data set, not into its loader, to go on with other ranks or workers"
+                f"data state: belongs to reader {_named(reader['share'])}, but this is {_named(share)}; "
+                "to resume with other ranks or workers, load it into the data set, not into its loader"
             )
         began, taken, until = reader["began"], reader["taken"], reader["until"]
         if not all(type(number) is int and number >= 0 for number in (began, taken, until or 0)):
             raise TypeError("not a whole number")
         return Progress(began, anchors, quarantine, share, taken, until, None, lost, Counter(lost))
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"data state: cannot be read ({error}); take another checkpoint") from error
+        raise DataError(f"data state: cannot be read ({error}); use another checkpoint") from error
 
 
 def _find(content: Any) -> Iterator[dict[str, Any]]:
@@ -151,8 +153,8 @@ def _find(content: Any) -> Iterator[dict[str, Any]]:
         if content.get("format") == FORMAT:
             yield content
             return
-        if content.get("_steps_since_snapshot"):  # of a StatefulDataLoader: its workers' states are older than its own
-            raise DataError("data state: is not of the last batch; leave snapshot_every_n_steps of the loader at 1")
+        if content.get("_steps_since_snapshot"):  # of a StatefulDataLoader whose workers' states are older than its own
+            raise DataError("data state: is older than the last batch; set snapshot_every_n_steps of the loader to 1")
         content = list(content.values())
     if isinstance(content, list | tuple):
         for each in content:
@@ -164,8 +166,8 @@ def _check_order(saved: Any, now: Mapping[str, Any]) -> None:
     for name, value in now.items():
         if saved.get(name) != value:
             raise DataError(
-                f"data state: was saved with {name} {saved.get(name)}, and it is {value} now, so the order is another one; "
-                "go on with what it was saved with"
+                f"data state: was saved with {name} {saved.get(name)}, which is now {value}, so the order differs; "
+                "resume with what it was saved with"
             )
 
 

@@ -1,4 +1,4 @@
-"""webdataset's stages behind a :class:`.ShardDataset`, without losing its state."""
+"""Put webdataset's stages behind a :class:`.ShardDataset` without losing its state."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ import webdataset as wds
 
 
 class ShardPipeline(wds.DataPipeline, wds.FluidInterface):
-    """A :class:`.ShardDataset` and stages of webdataset behind it, with the state of the data set."""
+    """A :class:`.ShardDataset` followed by stages of webdataset, with the state of the data set."""
 
     def append(self, f: Any) -> None:
-        """Add a stage. ``wds.batched`` gives a batch only when it has read a sample of the next one, which a state or the
-        end of a pass would lose; the same without that takes its place.
+        """Add a stage.
+
+        ``wds.batched`` yields a batch only after it has read a sample of the next one, which would be lost when the state
+        is saved or the pass ends. A version that does not read ahead takes its place.
         """
         if isinstance(f, wds.filters.FilterFunction) and f.f is wds.filters.batched.f:
             f = wds.filters.FilterFunction(_batched, *f.args, **f.kw)
         super().append(f)
 
     def state_dict(self) -> dict[str, Any]:
-        """As :meth:`megamoe.data.library.dataset.ShardDataset.state_dict`."""
+        """Return the state of the data set: :meth:`megamoe.data.library.dataset.ShardDataset.state_dict`."""
         return self.pipeline[0].state_dict()
 
     def load_state_dict(self, state: Any) -> None:
-        """As :meth:`megamoe.data.library.dataset.ShardDataset.load_state_dict`."""
+        """Resume the data set: :meth:`megamoe.data.library.dataset.ShardDataset.load_state_dict`."""
         self.pipeline[0].load_state_dict(state)
 
 

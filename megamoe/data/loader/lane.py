@@ -1,7 +1,7 @@
-"""One lane: the stream of packed sequences that fills one slot of the global batch.
+"""Pack one lane: the stream of sequences that fills one slot of the global batch.
 
-What a lane yields depends on the data, the seed and the global batch only, and its whole state is one integer, the
-position of the next sample in the lane. So any rank or worker can carry any lane on from where another left it.
+What a lane yields depends only on the data, the seed and the global batch. Its whole state is one integer, the position
+of its next sample. So any rank or worker can resume any lane where another stopped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megamoe.data.sample.pack import PackShape, SequenceBuilder
 from megamoe.data.sample.tokenizer import Tokenizer
 from megamoe.data.shards.catalog import Catalog, InQuarantine, Located
 
-MAX_LOST_IN_A_ROW = 1000  # after so many the lane will not find a usable sample by going on
+MAX_LOST_IN_A_ROW = 1000  # after so many, the shards are at fault and not single samples
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LostSample:
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """What went into a sequence. ``cursor`` is the lane's state after it."""
+    """The contents of one packed sequence. ``cursor`` is the lane's state after it."""
 
     samples: list[str]
     lost: list[LostSample]
@@ -45,7 +45,7 @@ class PackedSequence:
 
 
 class _Ready(NamedTuple):
-    """A sample as it goes into a sequence, but for its picture, which is not decoded yet."""
+    """A sample that is ready to be packed, except that its picture is not decoded yet."""
 
     cursor: int
     image: memoryview
@@ -54,11 +54,11 @@ class _Ready(NamedTuple):
 
 
 class LanePacker:
-    """Packs the sequences of one lane.
+    """Pack the sequences of one lane.
 
-    Samples are taken in lane order until one does not fit; it opens the next sequence. A sample that cannot be used is
-    recorded as lost and the lane goes on with its own next sample: a rule that holds on every layout, so that one
-    corrupt picture does not change what other lanes see.
+    Samples are taken in lane order until one does not fit; that one opens the next sequence. A sample that cannot be used
+    is recorded as lost, and the lane takes its own next sample. This rule is the same on every layout, so one corrupt
+    picture does not change what other lanes see.
     """
 
     def __init__(self, lane: int, *, catalog: Catalog, order: SampleOrder, tokenizer: Tokenizer, shape: PackShape) -> None:
@@ -67,7 +67,7 @@ class LanePacker:
         self._order = order
         self._tokenizer = tokenizer
         self._shape = shape
-        self._waiting: _Ready | None = None  # what the next sequence begins with
+        self._waiting: _Ready | None = None  # did not fit; opens the next sequence
 
     def next_sequence(
         self,
@@ -82,7 +82,7 @@ class LanePacker:
             cursor: the lane's state.
             pixels: uint8 (I, H, W, 3), filled; see :class:`megamoe.data.sample.pack.SequenceBuilder`.
             tokens: int64 (3, L), filled.
-            counters: added to, by (source, what): ``samples``, ``bytes`` of their members, ``decode_seconds``, and
+            counters: increased, by (source, what): ``samples``, ``bytes`` of their members, ``decode_seconds``, and
                 ``lost_image``, ``lost_caption``, ``lost_incomplete``, ``lost_shard`` by cause.
 
         Raises:
@@ -99,7 +99,7 @@ class LanePacker:
             try:
                 located = self._catalog.sample(source, ref.shard, ref.sample)
                 ready = self._ready(cursor, located)
-                # text first: it is cheap and decides whether the picture is worth decoding now
+                # Text first: it is cheap, and it decides whether the picture is needed now.
                 if not builder.fits(ready.caption):
                     self._waiting = ready
                     break
@@ -110,11 +110,11 @@ class LanePacker:
                 name = located.id if located else f"{self._catalog.label(source, ref.shard)}#sample {ref.sample}"
                 lost.append(LostSample(self.lane, name, str(corrupt)))
                 counters[source, f"lost_{str(corrupt).partition(':')[0]}"] += 1
-                in_a_row += not isinstance(corrupt, InQuarantine)  # which are many in a row, and others follow
+                # Quarantined samples come in long runs, and others follow.
+                in_a_row += not isinstance(corrupt, InQuarantine)
                 if in_a_row == MAX_LOST_IN_A_ROW:
                     raise DataError(
-                        f"sample {name}: {corrupt}; it is number {in_a_row} in a row that cannot be used, "
-                        "look at the shards"
+                        f"sample {name}: {corrupt}; {in_a_row} samples in a row cannot be used; check the shards"
                     ) from corrupt
             else:
                 builder.add(ready.caption)
@@ -123,15 +123,15 @@ class LanePacker:
                 counters[source, "bytes"] += ready.size
                 in_a_row = 0
             if located:
-                for left_out, why in located.left_out:
-                    lost.append(LostSample(self.lane, left_out, why))
+                for name, why in located.lost:
+                    lost.append(LostSample(self.lane, name, why))
                     counters[source, "lost_incomplete"] += 1
             cursor += 1
         builder.finish()
         return PackedSequence(samples, lost, builder.truncated, builder.targets, cursor)
 
     def _ready(self, cursor: int, located: Located) -> _Ready:
-        """Sample number ``cursor`` of the lane, read now or when it did not fit into the sequence before.
+        """Return sample number ``cursor`` of the lane, read now or when it did not fit into the previous sequence.
 
         Raises:
             CorruptSample: its caption cannot be used.

@@ -1,8 +1,9 @@
-"""The part of each optimizer step that belongs to one data-parallel rank.
+"""Load the part of each optimizer step that belongs to one data-parallel rank.
 
 The global batch has ``global_batch`` slots, each fed by one lane. With B sequences per micro-batch and D data-parallel
 ranks, micro-batch i of rank d holds the lanes ``(i * D + d) * B`` to ``(i * D + d) * B + B - 1``. A lane does not know
-who carries it, so the global batch of a step is the same, bit for bit, for every D, every B and any number of workers.
+which rank carries it, so the global batch of a step is the same, bit for bit, for every D, every B and any number of
+workers.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ class StepBatch:
 
     Attributes:
         micro_batches: pairs of pixels uint8 (B, I, H, W, 3) and text int64 (B, 3, L), in the order to run them. Their
-            memory is written over when the step after the next one is asked for.
+            memory is overwritten when the step after the next one is requested.
         samples: (slot, sample id) of each sample in them, in that order.
         lost: samples that could not be used and were replaced by the next of their lane.
         truncated: captions that were cut to fit an empty sequence.
         targets: labels to predict on this rank in this step.
         counters: by (source, what), see :meth:`megamoe.data.loader.lane.LanePacker.next_sequence`.
-        reading: what reading took, as in :class:`megamoe.data.loader.worker.WorkerItem`, over all workers.
-        wait_seconds: time that the caller was kept waiting for this step.
+        reading: cost of reading, as in :class:`megamoe.data.loader.worker.WorkerItem`, over all workers.
+        wait_seconds: time that the caller waited for this step.
     """
 
     micro_batches: list[tuple[Tensor, Tensor]]
@@ -59,7 +60,7 @@ class StepBatch:
 
 
 class StepLoader(Iterator[StepBatch]):
-    """Iterates over optimizer steps without end. Close it, or use it in a ``with`` statement.
+    """Iterate over optimizer steps without end. Close it, or use it in a ``with`` statement.
 
     Args:
         data: section ``data`` of the config.
@@ -75,8 +76,8 @@ class StepLoader(Iterator[StepBatch]):
 
     Raises:
         UserError: the global batch is not a whole number of micro-batches on each rank.
-        BadShard: while iterating: a shard cannot be used. The state is that before the step, and iterating may go on
-            after :meth:`set_aside`.
+        BadShard: while iterating: a shard cannot be used. The state is that before the step; call :meth:`quarantine` to
+            continue without the shard.
         DataError: while iterating: too many samples in a row are corrupt.
         WorkerDied: while iterating: a worker process died.
     """
@@ -113,8 +114,7 @@ class StepLoader(Iterator[StepBatch]):
         self._cache = cache
         self._make_stream = partial(
             LaneStream,
-            buffers=data.prefetch
-            + 3,  # items that a worker has ready, the one that it makes, and two that the caller holds
+            buffers=data.prefetch + 3,  # the items a worker has ready, the one in the making, and two that the caller holds
             cache=cache,
             tokenizer=tokenizer,
             shape=PackShape(data.sequence_length, data.images_per_sequence, vision.image_size, vision.patches),
@@ -137,28 +137,28 @@ class StepLoader(Iterator[StepBatch]):
 
     @property
     def state(self) -> DataState:
-        """This rank's lanes after the steps handed out so far; the anchors are those of these lanes."""
+        """The state of this rank's lanes after the steps handed out so far; its anchors are those of these lanes."""
         return self._state
 
     def go_on_from(self, state: DataState) -> None:
-        """Go on from ``state``, that of all lanes whoever carried them; this rank takes its own.
+        """Resume from ``state``, which holds all lanes, whichever ranks carried them; this rank takes its own.
 
         Raises:
-            DataError: it is not that of ``global_batch`` lanes.
+            DataError: it does not hold exactly ``global_batch`` lanes.
         """
         if sorted(state.cursors) != list(range(self._global_batch)):
             raise DataError(
                 f"data state: holds {len(state.cursors)} lanes, but train.global_batch is {self._global_batch}; "
-                "go on with the global batch that the checkpoint was made with"
+                "resume with the global batch that the checkpoint was made with"
             )
         self._restart(replace(state, cursors={lane: state.cursors[lane] for lane in self._state.cursors}))
 
-    def set_aside(self, state: DataState, shards: Mapping[str, int]) -> None:
-        """Go on from ``state``, an earlier one of this loader, without ``shards``: samples they count for, by name."""
+    def quarantine(self, state: DataState, shards: Mapping[str, int]) -> None:
+        """Resume from ``state``, an earlier one of this loader, without ``shards``: name -> samples it counts for."""
         self._restart(replace(state, quarantine={**state.quarantine, **shards}))
 
     def count(self, shard: str, fetch: bool) -> int:
-        """Samples of ``shard`` that training reads as far as this node has learnt, or, with ``fetch``, can; else -1."""
+        """Return how many samples of ``shard`` training reads; -1 if that is unknown. ``fetch`` may download the shard."""
         return learnt_count(self._dataset, shard, self._cache, fetch)
 
     def _restart(self, state: DataState) -> None:
@@ -166,7 +166,7 @@ class StepLoader(Iterator[StepBatch]):
         self._state = state
 
     def close(self) -> None:
-        """End the workers. What they had prepared is dropped; the state is that of the last step handed out."""
+        """End the workers and discard what they prepared. The state is that of the last step handed out."""
         running, self._running = self._running, None
         if running is not None:
             running.close()
@@ -197,7 +197,7 @@ class StepLoader(Iterator[StepBatch]):
 
 
 class _Parts(NamedTuple):
-    """A step: what each worker says of its part, and all lanes' pixels uint8 (n, I, H, W, 3) and text int64 (n, 3, L)."""
+    """A step: each worker's item, and the pixels uint8 (n, I, H, W, 3) and text int64 (n, 3, L) of all lanes."""
 
     items: list[WorkerItem]
     pixels: Tensor
@@ -205,7 +205,7 @@ class _Parts(NamedTuple):
 
 
 class _InProcess:
-    """The stream in this process."""
+    """Run the stream in this process."""
 
     def __init__(self, stream: LaneStream) -> None:
         ring = stream.buffers()
@@ -221,7 +221,7 @@ class _InProcess:
 
 
 class _InWorkers:
-    """The stream in worker processes, which fill the same tensors in shared memory, each its own rows."""
+    """Run the stream in worker processes, which fill the same tensors in shared memory, each its own rows."""
 
     def __init__(self, stream: LaneStream, workers: int, ahead: int) -> None:
         self._workers = range(workers)
@@ -249,5 +249,5 @@ class _InWorkers:
 
 
 def _tensors(ring: list[Buffer]) -> list[tuple[Tensor, Tensor]]:
-    """The buffers as tensors over the same memory."""
+    """Return the buffers as tensors over the same memory."""
     return [(torch.from_numpy(buffer.pixels), torch.from_numpy(buffer.text)) for buffer in ring]

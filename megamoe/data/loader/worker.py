@@ -1,6 +1,6 @@
-"""What one decoding process does: pack the next sequence of each of its lanes, step after step.
+"""Run one worker process: pack the next sequence of each of its lanes, step after step.
 
-Nothing here imports torch, which would cost each process one and a half seconds and 150 MB.
+Nothing here imports torch, which would cost each process 1.5 seconds and 150 MB.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megamoe.data.shards.storage import Storage
 
 @dataclass(frozen=True)
 class OrderSettings:
-    """What the order of samples depends on, beside the data."""
+    """The settings that the order of samples depends on, besides the data."""
 
     seed: int
     global_batch: int
@@ -40,7 +40,7 @@ class OrderSettings:
 
 
 class Buffer(NamedTuple):
-    """Where the n sequences of a step lie: ``pixels`` uint8 (n, I, H, W, 3), ``text`` int64 (n, 3, L)."""
+    """The memory of the n sequences of a step: ``pixels`` uint8 (n, I, H, W, 3), ``text`` int64 (n, 3, L)."""
 
     pixels: npt.NDArray[np.uint8]
     text: npt.NDArray[np.int64]
@@ -52,10 +52,10 @@ class WorkerItem:
 
     Attributes:
         buffer: number of the buffer that holds pixels and text, the same for all workers of a step.
-        sequences: what each of the worker's rows holds.
+        sequences: the contents of each of the worker's rows.
         anchors: by source, the earliest window that these lanes still need after this step.
         counters: by (source, what), see :meth:`megamoe.data.loader.lane.LanePacker.next_sequence`.
-        reading: what bringing shards took, as :attr:`megamoe.data.shards.storage.Storage.counters`, and ``seconds`` in all.
+        reading: cost of fetching shards, as :attr:`megamoe.data.shards.storage.Storage.counters`, and ``seconds`` in total.
     """
 
     buffer: int
@@ -67,13 +67,13 @@ class WorkerItem:
 
 @dataclass(frozen=True)
 class WorkerError:
-    """A :class:`DataError` on its way to the main process: a raised one would come with a traceback in its message."""
+    """A :class:`DataError` on its way to the main process. If it were raised, its message would contain a traceback."""
 
     error: DataError
 
 
 def buffers(lanes: int, shape: PackShape, count: int, memory: mmap | None = None) -> list[Buffer]:
-    """``count`` buffers for ``lanes`` sequences each: in ``memory`` one after the other, or new ones."""
+    """Return ``count`` buffers for ``lanes`` sequences each: one after the other in ``memory``, or newly allocated."""
     pictures = (lanes, shape.images, shape.image_size, shape.image_size, 3)
     text = (lanes, 3, shape.length)
     if memory is None:
@@ -89,22 +89,22 @@ def buffers(lanes: int, shape: PackShape, count: int, memory: mmap | None = None
 
 
 def buffer_bytes(lanes: int, shape: PackShape) -> int:
-    """Bytes of one of :func:`buffers`."""
+    """Return the bytes of one of :func:`buffers`."""
     return _sizes(lanes, shape)[0]
 
 
 def _sizes(lanes: int, shape: PackShape) -> tuple[int, int]:
-    """Bytes of a buffer, and of its pictures, rounded up to whole cache lines."""
+    """Return the bytes of a buffer, and of its pictures, rounded up to whole cache lines."""
     pixels_end = -(-lanes * shape.images * shape.image_size**2 * 3 // 64) * 64
     return pixels_end + -(-lanes * 3 * shape.length * 8 // 64) * 64, pixels_end
 
 
 class LaneStream:
-    """Endless steps of the lanes of ``state``, from where it says, in its order of lanes.
+    """Produce endless steps of the lanes of ``state``, beginning at its cursors, in its order of lanes.
 
-    Worker w of W has the w-th of W contiguous parts of the lanes. ``buffers`` of them are filled in turn, so an item's is
-    written over when so many more items have been asked for: memory that is touched for the first time costs a fifth of
-    what decoding a picture costs.
+    Worker w of W has the w-th of W contiguous parts of the lanes. A ring of ``buffers`` buffers is filled in turn, so a
+    buffer is overwritten after that many further items. Reuse matters: touching new memory costs a fifth of the time of
+    decoding a picture.
     """
 
     def __init__(
@@ -127,33 +127,33 @@ class LaneStream:
         self._buffers = buffers
 
     def buffers(self, memory: mmap | None = None) -> list[Buffer]:
-        """Those of all lanes; each worker fills the rows of its own."""
+        """Return the buffers of all lanes; each worker fills the rows of its own lanes."""
         return buffers(len(self._state.cursors), self._shape, self._buffers, memory)
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of all of them."""
+        """Bytes of all buffers together."""
         return self._buffers * buffer_bytes(len(self._state.cursors), self._shape)
 
     def preload(self) -> None:
-        """Import what reading will need, once for all workers that are forked from this process."""
+        """Import what reading needs, once for all workers that are forked from this process."""
         Image.preinit()
         for source in self._data.sources:
             if is_remote(source.shards[0]):
                 opener(source.shards[0])
 
     def serve(self, worker: int, workers: int, memory: mmap) -> Iterator[WorkerItem | WorkerError]:
-        """As :meth:`steps`, in a worker process: a :class:`DataError` is handed on, not raised."""
+        """Yield :meth:`steps` in a worker process; a :class:`DataError` is yielded and not raised."""
         try:
             yield from self.steps(worker, workers, self.buffers(memory))
         except DataError as error:
             yield WorkerError(error if isinstance(error, BadShard) else DataError(str(error)))
 
     def steps(self, worker: int, workers: int, ring: Sequence[Buffer]) -> Generator[WorkerItem, None, None]:
-        """Step after step into the worker's rows of the buffers of ``ring``, without end.
+        """Write step after step into the worker's rows of the buffers of ``ring``, without end.
 
         Raises:
-            DataError: it cannot go on.
+            DataError: it cannot continue.
         """
         lanes = list(self._state.cursors)
         rows = slice(len(lanes) * worker // workers, len(lanes) * (worker + 1) // workers)
@@ -167,7 +167,7 @@ class LaneStream:
         catalog, sources = Catalog(self._data, storage), self._data.sources
         for number, source in enumerate(sources):
             if all(catalog.label(number, shard) in self._data.quarantine for shard in range(len(source.shards))):
-                raise DataError(f"data.train: all shards of source {source.name} are in quarantine; mend them")
+                raise DataError(f"data.train: all shards of source {source.name} are in quarantine; repair them")
         order = SampleOrder(
             [len(source.shards) for source in sources],
             [source.weight for source in sources],

@@ -1,4 +1,4 @@
-"""Where a run is in its data: small, independent of ranks and workers, part of every checkpoint."""
+"""Keep the data position of a run: small, independent of ranks and workers, part of every checkpoint."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megamoe.data.order.sample_order import Anchor
 
 @dataclass(frozen=True)
 class DataState:
-    """The position of each lane, and what is needed to go on from there without looking back.
+    """The position of each lane, and what is needed to resume there without reading anything before it.
 
     Attributes:
         cursors: lane -> number of its next sample.
         anchors: for each source the earliest window that any lane still needs.
-        quarantine: shard -> the samples it counts for in the order; shards that are not read any more.
+        quarantine: shard that is no longer read -> the samples it counts for in the order.
     """
 
     cursors: Mapping[int, int]
@@ -25,7 +25,7 @@ class DataState:
     quarantine: Mapping[str, int]
 
     def to_json(self) -> dict[str, Any]:
-        """What :meth:`from_json` reads: lists and numbers. The state must be that of all lanes."""
+        """Return what :meth:`from_json` reads, as lists and numbers. The state must hold all lanes."""
         return {
             "cursors": [self.cursors[lane] for lane in range(len(self.cursors))],
             "anchors": [list(anchor) for anchor in self.anchors],
@@ -37,7 +37,7 @@ class DataState:
         """Read what :meth:`to_json` wrote; ``source`` names it in errors.
 
         Raises:
-            DataError: it is not of that form.
+            DataError: it does not have that form.
         """
         try:
             cursors, anchors, quarantine = content["cursors"], content["anchors"], content["quarantine"]
@@ -46,11 +46,11 @@ class DataState:
                 raise TypeError("not a whole number")
             return cls(dict(enumerate(cursors)), tuple(Anchor(*anchor) for anchor in anchors), quarantine)
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{source}: its data position cannot be read ({error}); take another checkpoint") from error
+            raise DataError(f"{source}: the data position cannot be read ({error}); use another checkpoint") from error
 
 
 def joined(states: Iterable[DataState | None]) -> DataState | None:
-    """The state of all lanes from those of the ranks that carry them; None from a rank, or if none carries any."""
+    """Join the states of the ranks into that of all lanes. A rank without lanes gives None; so do no lanes at all."""
     carried = [state for state in states if state is not None]
     if not carried:
         return None
@@ -60,5 +60,5 @@ def joined(states: Iterable[DataState | None]) -> DataState | None:
 
 
 def earliest(anchors: Iterable[tuple[Anchor, ...]]) -> tuple[Anchor, ...]:
-    """For each source the earliest of the anchors that several readers report."""
+    """Return, for each source, the earliest of the anchors that several readers report."""
     return tuple(min(each, key=lambda anchor: anchor.start) for each in zip(*anchors, strict=True))

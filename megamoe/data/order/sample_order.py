@@ -1,4 +1,4 @@
-"""Which sample comes when: pure arithmetic on (samples per shard, seed, weights, lanes). Opens no file, knows no rank.
+"""Compute which sample comes when, from (samples per shard, seed, weights, lanes) alone: no files, no ranks.
 
 Everything is laid out on one endless line of positions. Lane l of G takes the positions ``k * G + l``, k = 0, 1, 2, ...
 A lane is one sequence of the global batch, so G is the global batch and ranks do not enter. Two steps lead from a
@@ -10,14 +10,14 @@ position to a sample:
    samples of a window are permuted. Every sample comes exactly once per epoch, and a reader touches only the shards of
    one window at a time.
 
-How many samples a window has is asked for when the first position behind its beginning is needed, in order, so shards
-that nobody has read yet need not be counted. To start in the middle, an :class:`Anchor` gives the position at which one
-window begins; nothing before it is ever looked at.
+The samples of a window are counted when the first position after its beginning is needed, in order. So shards that
+nothing has read yet need not be counted. To start in the middle, an :class:`Anchor` gives the position at which one
+window begins; nothing before it is ever needed.
 
-No permutation is ever written out: :func:`shuffled` says where one index goes (a Feistel network, Luby and Rackoff 1988,
-walked until it lands in range, Black and Rogaway 2002). So nothing grows with the samples, and a start in the middle
-costs no more than one at the beginning. It is integer arithmetic of our own, keyed by the raw output of Philox (Salmon et
-al., SC'11), which NumPy promises to keep for ever, so a run finds the same order after any upgrade.
+No permutation is ever stored: :func:`shuffled` computes where one index goes (a Feistel network, Luby and Rackoff 1988,
+cycle-walked until it lands in range, Black and Rogaway 2002). So memory does not grow with the samples, and starting in
+the middle costs no more than at the beginning. The arithmetic is our own, on integers, keyed by the raw output of Philox
+(Salmon et al., SC'11), which NumPy promises to keep unchanged. So a run finds the same order after any upgrade.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ import numpy.typing as npt
 
 from megamoe.core.errors import DataError
 
-BLOCK = 1 << 14  # positions after which the shares of the sources are met exactly
+BLOCK = 1 << 14  # positions after which each source has exactly its share
 _PART = 128  # positions of a block that are counted one by one
 _MOST_SOURCES = 256
-_FORGOTTEN = 256  # windows that are let go of at a time
+_FORGOTTEN = 256  # windows that are forgotten at a time
 _WORD = (1 << 64) - 1
-_SHARDS, _WINDOW, _MIXTURE = 0, 1, 2  # what a permutation is of: keeps the families of streams apart
+_SHARDS, _WINDOW, _MIXTURE = 0, 1, 2  # families of permutations, whose random streams must differ
 _HALF = 7  # bits
 _HALVES = [each.astype(np.uint16) for each in divmod(np.arange(BLOCK), 1 << _HALF)]  # of each place in a block
-_ROUNDS = 6  # even, so that the halves are back in their places
+_ROUNDS = 6  # even, so that both halves end in their own places
 
 Count = Callable[[int, int], int]
 IsRead = Callable[[int, int], bool]
 
 
 class SampleRef(NamedTuple):
-    """One sample in one epoch: ``shard`` counts in the source's list of shards, ``sample`` within the shard."""
+    """One sample in one epoch: ``shard`` is an index into the source's shards, ``sample`` into the shard's samples."""
 
     source: int
     epoch: int
@@ -58,7 +58,7 @@ class SampleRef(NamedTuple):
 
 
 class Anchor(NamedTuple):
-    """Window number ``window`` of a source (counted over all epochs) begins at its position ``start``."""
+    """Where a window begins: window number ``window`` of a source, over all epochs, begins at its position ``start``."""
 
     window: int
     start: int
@@ -70,15 +70,15 @@ class SampleOrder:
     Args:
         shards: number of shards of each source.
         weights: share of each source in the samples read; need not add up to 1.
-        count: ``count(source, shard)`` samples; asked once per window, may open an index.
+        count: ``count(source, shard)`` returns the shard's samples; called once per window, may open an index.
         seed: seed of the run.
         lanes: sequences of the global batch (G).
-        shuffle_shards: shards whose samples are shuffled among each other.
-        anchors: one per source, to start from; default the beginning.
-        is_read: ``is_read(source, shard)`` is False for a shard whose samples only keep their places; default: all are.
+        shuffle_shards: window size: shards whose samples are shuffled together.
+        anchors: where each source starts; default the beginning.
+        is_read: ``is_read(source, shard)`` is False for a quarantined shard, whose samples only keep their places;
+            default: all shards are read.
 
-    Memory does not grow with shards or samples, but by one number per window that has been passed: see
-    :meth:`forget_before`.
+    Memory does not grow with shards or samples, only by one number per window passed: see :meth:`forget_before`.
 
     Raises:
         DataError: more than 256 sources; from :meth:`locate`: all shards of a source are empty or not read.
@@ -108,20 +108,20 @@ class SampleOrder:
         ]
 
     def locate(self, lane: int, k: int) -> SampleRef:
-        """The ``k``-th sample of ``lane``."""
+        """Return the ``k``-th sample of ``lane``."""
         source, position = self._mixture.locate(k * self.lanes + lane)
         return self._sources[source].locate(position)
 
     def anchors(self, lane: int, k: int) -> list[Anchor]:
-        """For each source the last known window that begins no later than what ``lane`` needs from its ``k``-th on.
+        """Return, for each source, the last known window that begins no later than the ``k``-th sample of ``lane``.
 
-        With the lane whose position is the smallest, nothing before these anchors will be needed again by any lane.
+        For the lane with the smallest position, no lane needs anything before these anchors again.
         """
         position = k * self.lanes + lane
         return [source.anchor(self._mixture.before(position, number)) for number, source in enumerate(self._sources)]
 
     def shards_between(self, first: tuple[int, int], last: tuple[int, int]) -> int:
-        """Shards in the windows from one sample to a later one, both given as (k, lane) and located before."""
+        """Count the shards in the windows from one sample to a later one, both as (k, lane) and located before."""
         low, high = (k * self.lanes + lane for k, lane in (first, last))
         return sum(
             source.shards_between(self._mixture.before(low, number), self._mixture.before(high, number))
@@ -129,9 +129,9 @@ class SampleOrder:
         )
 
     def forget_before(self, lane: int, k: int) -> None:
-        """Let go of what is known of windows that end before the ``k``-th sample of ``lane``: nobody will locate one there.
+        """Forget the windows that end before the ``k``-th sample of ``lane``; no sample in them may be located again.
 
-        Without it memory grows by a number for each window that is passed, a megabyte in an epoch of 217,000 shards.
+        Without it, memory grows by one number per window passed: a megabyte in an epoch of 217,000 shards.
         """
         position = k * self.lanes + lane
         for number, source in enumerate(self._sources):
@@ -139,13 +139,13 @@ class SampleOrder:
 
 
 class _Mixture:
-    """From a position to (source, position in that source)."""
+    """Map a position to (source, position in that source)."""
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
         self._counts = _shares(weights)
         self._listed = np.repeat(np.arange(len(weights), dtype=np.uint8), self._counts)
         self._seed = seed
-        # lanes that have drifted apart are in hundreds of blocks at a time; one has 17 KB
+        # Lanes drift apart and use up to hundreds of blocks at a time. A block takes 17 KB.
         self._blocks = _Recent(self._block, 128)
 
     def locate(self, position: int) -> tuple[int, int]:
@@ -156,7 +156,7 @@ class _Mixture:
         return source, self.before(position, source)
 
     def before(self, position: int, source: int) -> int:
-        """Positions of ``source`` that come before ``position``."""
+        """Count the positions of ``source`` that come before ``position``."""
         if len(self._counts) == 1:
             return position
         block, within = divmod(position, BLOCK)
@@ -175,30 +175,30 @@ class _Mixture:
 
 
 class _Block(NamedTuple):
-    """The source of each position of a block, and how many of each source come before each part, part after part."""
+    """The source of each position of a block, and for each part the count of each source before it."""
 
     sources: bytes
     counts: array[int]
 
 
 class _SourceOrder:
-    """From a position in one source to (epoch, shard, sample). Window starts are known from the anchor on."""
+    """Map a position in one source to (epoch, shard, sample). Window starts are known from the anchor on."""
 
     def __init__(
         self, number: int, shards: int, count: Count, seed: int, shuffle_shards: int, anchor: Anchor, is_read: IsRead
     ) -> None:
         self._number = number
         self._is_read = is_read
-        self._useless = 0  # windows known last that have no sample that is read
+        self._useless = 0  # consecutive windows, up to the last known one, without a sample that is read
         self._shards = shards
         self._count = count
         self._seed = seed
         self._per_window = min(shuffle_shards, shards)
         self._per_epoch = -(-shards // self._per_window)  # windows
         self._first = anchor.window
-        self._starts: list[int] = []  # of windows _first, _first + 1, ... as far as they are known
-        self._end = anchor.start  # of the last of them
-        # lanes drift apart by some sequences, so neighbouring windows are in use at the same time
+        self._starts: list[int] = []  # positions at which windows _first, _first + 1, ... begin, as far as known
+        self._end = anchor.start  # position at which the last of them ends
+        # Lanes drift apart by some sequences, so neighbouring windows are in use at the same time.
         self._windows = _Recent(self._window, 256)
 
     def locate(self, position: int) -> SampleRef:
@@ -237,14 +237,14 @@ class _SourceOrder:
         self._useless += 1
         if any(end > start and self._is_read(self._number, shard) for shard, end, start in counts):
             self._useless = 0
-        if self._useless >= 2 * self._per_epoch:  # so many hold every shard at least once, wherever they begin
+        if self._useless >= 2 * self._per_epoch:  # that many windows hold every shard at least once, wherever they begin
             raise DataError(
                 f"data.train: no shard of source {self._number} has a sample to train on, all are held out or in "
                 "quarantine; add shards or lower data.held_out"
             )
 
     def _window(self, window: int) -> tuple[list[int], list[int], tuple[int, ...]]:
-        """Shards of the window, the place at which each one's samples end, and the keys that shuffle all of them."""
+        """Return the shards of a window, the index at which each one's samples end, and the keys that shuffle them all."""
         epoch, number = divmod(window, self._per_epoch)
         keys = _keys(self._seed, _SHARDS, self._number, epoch, 0)
         places = range(number * self._per_window, min((number + 1) * self._per_window, self._shards))
@@ -254,25 +254,25 @@ class _SourceOrder:
 
 
 def _shares(weights: Sequence[float]) -> list[int]:
-    """Positions of each source in a block, by largest remainder; at least one each."""
+    """Return how many positions of a block each source gets, by largest remainder; at least one each."""
     exact = np.asarray(weights, dtype=np.float64) / sum(weights) * BLOCK
     counts = np.maximum(np.floor(exact).astype(np.int64), 1)
-    order = np.argsort(counts - exact, kind="stable")  # those rounded down most come first
+    order = np.argsort(counts - exact, kind="stable")  # those rounded down most come first, for the largest remainder
     missing = BLOCK - int(counts.sum())
     if missing >= 0:
         counts[order[:missing]] += 1
     else:
-        counts[int(np.argmax(counts))] += missing  # sources of tiny weight were given more than their share
+        counts[int(np.argmax(counts))] += missing  # sources of tiny weight got more than their share
     return [int(count) for count in counts]
 
 
 def shuffled(index: int, size: int, keys: Sequence[int]) -> int:
-    """Where ``index`` of ``range(size)`` goes in the permutation that ``keys`` stand for."""
+    """Return where ``index`` of ``range(size)`` goes in the permutation that ``keys`` define."""
     bits = max(2, (size - 1).bit_length())
     low = bits // 2
     high = bits - low
     while True:
-        # the upper part is changed by a hash of the lower one, then they change places: never two indices to one
+        # A Feistel round: a hash of the lower half changes the upper one, then they swap. So it stays a bijection.
         left, right = index >> low, index & ((1 << low) - 1)
         width_left, width_right = high, low
         for key in keys:
@@ -286,7 +286,7 @@ def shuffled(index: int, size: int, keys: Sequence[int]) -> int:
 
 
 def _shuffled_block(keys: Sequence[int]) -> npt.NDArray[np.uint16]:
-    """:func:`shuffled` of all places of a block at once. It is as long as a power of four, so nothing has to be walked."""
+    """Apply :func:`shuffled` to a whole block at once. Its length is a power of four, so there is no cycle walking."""
     left, right = _HALVES
     for key in keys:
         mixed = (np.arange(1 << _HALF, dtype=np.uint64) ^ np.uint64(key)) * np.uint64(0x9E3779B97F4A7C15)
@@ -296,14 +296,14 @@ def _shuffled_block(keys: Sequence[int]) -> npt.NDArray[np.uint16]:
 
 
 def _keys(seed: int, family: int, source: int, major: int, minor: int) -> tuple[int, ...]:
-    """Keys of a permutation that depends on these numbers only."""
+    """Return the keys of a permutation, which depend on these numbers only."""
     key = np.array([seed & _WORD, (seed >> 64) & _WORD], dtype=np.uint64)
     counter = np.array([0, minor, major, family | source << 8], dtype=np.uint64)
     return tuple(np.random.Philox(key=key, counter=counter).random_raw(_ROUNDS).tolist())
 
 
 class _Recent:
-    """Keeps the last few results of a pure function."""
+    """Cache the last few results of a pure function."""
 
     def __init__(self, function: Callable[..., Any], size: int) -> None:
         self._function = function

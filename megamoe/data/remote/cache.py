@@ -1,4 +1,4 @@
-"""Shards from elsewhere on a local disk, shared by all processes of a node."""
+"""Cache remote shards on a local disk, shared by all processes of a node."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _POLL = 0.02  # seconds between looks at a lock that another process holds
 
 @dataclass(frozen=True)
 class Fetched:
-    """A shard on the local disk, and what it took to get it there.
+    """A shard on the local disk, and the cost of fetching it.
 
     Attributes:
         path: the local file.
         size: its bytes.
         identity: changes whenever the object does: ETag, date and length, or a hash of the bytes.
-        since: when it came, in seconds since the epoch.
-        hit: whether it was there already, or another process brought it meanwhile.
-        retries: failures on the way that another try made good.
-        received: bytes that came over the network, those that came twice included.
-        seconds: how long this call took.
+        since: when it was fetched, in seconds since the epoch.
+        hit: whether it was cached already, or another process fetched it meanwhile.
+        retries: failures that a further try made good.
+        received: bytes received over the network, including those received twice.
+        seconds: duration of this call.
     """
 
     path: Path
@@ -51,21 +51,22 @@ class Fetched:
 
 
 class CacheUnusable(DataError):
-    """The cache itself cannot be written or read; another shard would fare no better."""
+    """The cache itself cannot be written or read, so no shard can be fetched."""
 
 
 class ShardCache:
-    """Keeps shards under the hash of their whole URL, so that equal file names never mix; only signatures do not count.
+    """Keep shards under the hash of their whole URL without its signature, so that equal file names never mix.
 
-    One process of the node downloads a shard, and the others that want it wait. Locks belong to the kernel (``flock``):
-    one whose holder dies is free at once. So ``folder`` has to be on a disk of the node, not on a network file system.
+    One process of the node downloads a shard; the others that need it wait. Locks belong to the kernel (``flock``), so
+    the lock of a dead process is free at once. For the same reason ``folder`` must be on a disk of the node, not on a
+    network file system.
 
-    Nobody asks the source whether a cached shard is still the same: see :meth:`forget`. Above ``limit_bytes`` the
-    shards used longest ago go first; downloads under way come on top of the limit, and so do shards that are gone but
-    still open somewhere: on POSIX they stay readable, and take space, until they are closed.
+    The source is never asked whether a cached shard is still the same: see :meth:`forget`. Above ``limit_bytes`` the
+    least recently used shards are removed. The limit does not count downloads in progress, nor removed shards that are
+    still open: on POSIX they stay readable, and take space, until they are closed.
 
-    ``KEY.tar`` is there if and only if it is whole: it is renamed to that when its bytes are on the disk. ``KEY.json``
-    beside it says what it is. What a killed process leaves behind (``KEY.part``) is dropped.
+    ``KEY.tar`` exists if and only if it is complete: it gets this name when its bytes are on the disk. ``KEY.json``
+    beside it describes it. ``KEY.part``, left behind by a killed process, is removed.
     """
 
     def __init__(self, folder: Path, limit_bytes: int | None, patience: Patience | None = None) -> None:
@@ -74,10 +75,10 @@ class ShardCache:
         self._patience = patience or Patience()
 
     def open(self, url: str) -> tuple[BinaryIO, Fetched]:
-        """The shard, open for reading, which the limit cannot take away any more; downloaded if need be.
+        """Open the shard for reading and download it first if necessary. While open, it stays readable despite the limit.
 
         Raises:
-            ShardUnavailable: it cannot be had.
+            ShardUnavailable: it is not available.
             CacheUnusable: the cache cannot be written, or its disk is full.
             DataError: the shard is larger than the limit.
         """
@@ -106,9 +107,9 @@ class ShardCache:
         )
 
     def forget(self, url: str, since: float | None = None) -> None:
-        """Drop the shard, so that the next :meth:`open` downloads it: its bytes turned out to be damaged, or old.
+        """Remove the shard, whose bytes are damaged or old, so that the next :meth:`open` downloads it again.
 
-        ``since``: only the copy that came then. Another process may have brought a new one.
+        ``since``: remove only the copy fetched at that time. Another process may have fetched a new one.
         """
         key = _key(url)
         try:
@@ -119,7 +120,7 @@ class ShardCache:
             raise CacheUnusable(self._unusable(url, error)) from error
 
     def _about(self, key: str) -> dict[str, Any]:
-        """What is known of a cached shard; nothing if it is not there, or its file is damaged."""
+        """Return the description of a cached shard; empty if it is missing or damaged."""
         try:
             about = json.loads(self._path(key, "json").read_text())
         except (FileNotFoundError, ValueError):
@@ -127,7 +128,7 @@ class ShardCache:
         return about if {"size", "identity", "fetched"} <= about.keys() else {}
 
     def _cached(self, key: str) -> BinaryIO | None:
-        """The shard, open, if it is there and whole; it counts as used now."""
+        """Open the shard if it is cached and complete, and mark it as just used."""
         about = self._path(key, "json")
         try:
             file = open(self._path(key, "tar"), "rb")  # noqa: SIM115 (returned)
@@ -135,7 +136,7 @@ class ShardCache:
             return None
         with ExitStack() as stack:
             stack.enter_context(file)
-            # a process may have died between the two files
+            # A process may have died between writing the two files.
             if self._about(key).get("size") != os.fstat(file.fileno()).st_size:
                 return None
             _touch(about)
@@ -151,7 +152,7 @@ class ShardCache:
                 identity = done.identity or _hash(file)
                 file.flush()
                 os.fsync(file.fileno())
-            # one process at a time, or each would count on the same free space
+            # One process at a time, or each would count on the same free space.
             with self._lock("room"):
                 self._make_room(key, done.size)
                 os.replace(part, self._path(key, "tar"))
@@ -164,7 +165,7 @@ class ShardCache:
         return done
 
     def _make_room(self, key: str, size: int) -> None:
-        """Remove what dead processes left, and the shards used longest ago until ``size`` more bytes fit the limit."""
+        """Remove leftovers of dead processes, and the least recently used shards until ``size`` more bytes fit."""
         found: dict[str, dict[str, os.stat_result]] = {}
         for item in os.scandir(self.folder):
             name, _, suffix = item.name.partition(".")
@@ -172,7 +173,7 @@ class ShardCache:
                 try:
                     found.setdefault(name, {})[suffix] = item.stat()
                 except FileNotFoundError:
-                    continue  # a download elsewhere has just ended
+                    continue  # another download has just ended
         whole = {name: files for name, files in found.items() if {"tar", "json"} <= files.keys()}
         for name in found.keys() - whole.keys():
             self._try_remove(name)
@@ -186,7 +187,7 @@ class ShardCache:
                 used -= files["tar"].st_size
 
     def _try_remove(self, key: str) -> bool:
-        """Remove the shard unless a process is downloading or opening it at this moment."""
+        """Remove the shard unless a process is downloading or opening it; return whether it was removed."""
         try:
             with self._lock(key, timeout=0):
                 self._remove(key)
@@ -195,11 +196,11 @@ class ShardCache:
         return True
 
     def _remove(self, key: str) -> None:
-        for suffix in ("json", "tar", "part"):  # without its json a shard does not count
+        for suffix in ("json", "tar", "part"):  # json first: without it a shard does not count
             self._path(key, suffix).unlink(missing_ok=True)
 
     def _lock(self, key: str, timeout: float = -1) -> AbstractContextManager[object]:
-        # Lock files stay: to unlink one while another process opens it would give two processes "the" lock.
+        # Lock files are never removed: unlinking one while another process opens it would give both "the" lock.
         folder = self.folder / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / f"{key}.lock").acquire(timeout, poll_interval=_POLL)
@@ -217,7 +218,7 @@ class ShardCache:
 
 
 def _touch(path: Path) -> None:
-    """Used now. By our own clock: the kernel's stands still for milliseconds, in which several shards are used."""
+    """Mark a file as just used, by our own clock: the kernel's is too coarse to order several uses."""
     now = time.time_ns()
     os.utime(path, ns=(now, now))
 

@@ -1,4 +1,4 @@
-"""Downloads a shard, whatever happens on the way: one whole object, or an error that says why not."""
+"""Download a shard completely despite interruptions, or raise an error that says why not."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _PROGRESS = 1 << 20  # bytes further than ever before make a connection that bre
 
 
 class ShardUnavailable(DataError):
-    """A shard cannot be had at all: it is not there, it is not ours to read, or its source failed too often."""
+    """A shard is not available: it does not exist, access is denied, or its source failed too often."""
 
 
 @dataclass(frozen=True)
 class Download:
-    """What a download brought and cost.
+    """The result and the cost of a download.
 
     Attributes:
         size: bytes of the shard.
-        identity: changes whenever the object does (ETag, or date and length); None where the source gives neither.
-        received: bytes that came, those that had to come twice included.
-        retries: failures that another try made good.
+        identity: changes whenever the object does (ETag, or date and length); None if the source gives neither.
+        received: bytes received, including those received twice.
+        retries: failures that a further try made good.
     """
 
     size: int
@@ -43,18 +43,18 @@ class Download:
 def download(url: str, file: BinaryIO, patience: Patience | None = None, largest: int | None = None) -> Download:
     """Write the shard ``url`` into ``file``, which is empty and open for reading and writing.
 
-    A stream that breaks goes on at its byte if the source can prove that the object is still the same one, and otherwise
-    begins anew. What arrives is held against the length that the source named; where it named none (pipes, some web
+    A broken stream resumes at its byte if the source can prove that the object is still the same; otherwise it starts
+    over. The bytes received are compared with the length that the source stated. If it stated none (pipes, some web
     servers), a tar without its end mark counts as broken off.
 
     Args:
-        url: ``http(s)://``, ``pipe:COMMAND`` or what fsspec reads.
-        file: takes the bytes; not closed.
+        url: ``http(s)://``, ``pipe:COMMAND`` or any URL of fsspec.
+        file: receives the bytes; not closed.
         patience: timeouts and retries.
-        largest: more bytes than this are refused.
+        largest: maximum size in bytes; a larger shard is refused.
 
     Raises:
-        ShardUnavailable: after too many failures, or at once where another try cannot help.
+        ShardUnavailable: after too many failures, or at once if another try cannot help.
         DataError: larger than ``largest``.
         OSError: ``file`` cannot be written.
     """
@@ -62,7 +62,7 @@ def download(url: str, file: BinaryIO, patience: Patience | None = None, largest
 
 
 def opener(url: str) -> Open:
-    """What opens ``url``. Imported when it is needed: processes that read local shards do without the packages."""
+    """Return the function that opens ``url``. It is imported on use: reading local shards needs none of the packages."""
     kind = scheme(url)
     if kind in ("http", "https"):
         from megamoe.data.remote.http import open_http

@@ -1,4 +1,4 @@
-"""Shards from web servers."""
+"""Read shards from web servers."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _REMEDIES = {
 
 @contextmanager
 def open_http(url: str, offset: int, identity: str | None, patience: Patience) -> Iterator[Stream]:
-    """Ask for the bytes from ``offset`` of what was ``identity`` when its first bytes came.
+    """Request the bytes from ``offset`` of the object that was ``identity`` when its first bytes arrived.
 
     Proxies, ``.netrc`` and certificates come from the environment, as ``requests`` documents them.
 
     Raises:
-        Refused, Interrupted: there is no stream.
+        Refused, Interrupted: the stream cannot be opened.
     """
-    # A server that compresses on the way would make offsets and Content-Length those of the compressed bytes.
+    # If the server compressed, offsets and Content-Length would count compressed bytes.
     headers = {"Accept-Encoding": "identity", "User-Agent": "megamoe"}
     if offset and identity:
         headers |= {"Range": f"bytes={offset}-", "If-Range": _validator(identity)}
@@ -49,7 +49,7 @@ def open_http(url: str, offset: int, identity: str | None, patience: Patience) -
 
 
 def _extent(response: requests.Response, offset: int) -> tuple[int, int | None]:
-    """First byte and length of the whole object."""
+    """Return the first byte of the answer and the length of the whole object."""
     status = response.status_code
     if status == 206:
         match = _RANGE.match(response.headers.get("Content-Range", ""))
@@ -68,7 +68,7 @@ def _extent(response: requests.Response, offset: int) -> tuple[int, int | None]:
 
 
 def _identity(response: requests.Response, length: int | None, start: int, before: str | None) -> str | None:
-    """A strong ETag, or else date and length; of a part it must be ``before``'s, or the part is of another object."""
+    """Return a strong ETag, else date and length. For a part it must equal ``before``: it is of the same object."""
     etag = response.headers.get("ETag", "")
     modified = response.headers.get("Last-Modified", "")
     identity = None
@@ -87,7 +87,7 @@ def _validator(identity: str) -> str:
 
 def _chunks(response: requests.Response) -> Iterator[bytes]:
     try:
-        # read1 returns what has come; read would wait for a whole chunk, and a trickle would never time out
+        # read1 returns what has arrived. read would wait for a whole chunk, and a trickle would never time out.
         while data := response.raw.read1(CHUNK, decode_content=False):
             yield data
     except (urllib3.exceptions.HTTPError, OSError) as error:
@@ -97,7 +97,7 @@ def _chunks(response: requests.Response) -> Iterator[bytes]:
 def _failure(error: Exception) -> Refused | Interrupted:
     if isinstance(error, requests.exceptions.TooManyRedirects):
         return Refused("it redirects in a circle", "check the URL")
-    if isinstance(error, ValueError):  # what requests raises for URLs that are none is a ValueError as well
+    if isinstance(error, ValueError):  # what requests raises for an invalid URL is a ValueError too
         return Refused("not a valid URL", "check the URL")
     for cause in _causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -107,7 +107,7 @@ def _failure(error: Exception) -> Refused | Interrupted:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause: the outer layers repeat the URL with its signature."""
+    """Describe the innermost cause: the outer ones repeat the URL with its signature."""
     causes = list(_causes(error))
     for cause in reversed(causes):
         if isinstance(cause, OSError) and cause.strerror:
@@ -122,7 +122,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while current is not None:
         yield current
         inner = current.__cause__ or current.__context__
-        if inner is None:  # urllib3 hands some on as an attribute or an argument
+        if inner is None:  # urllib3 passes some on as an attribute or an argument
             inner = next((each for each in current.args if isinstance(each, BaseException)), None)
         current = inner
 

@@ -1,4 +1,4 @@
-"""Shards from object stores and whatever else fsspec reads: s3, gs, az, hf, sftp, ..."""
+"""Read shards from object stores and any other source of fsspec: s3, gs, az, hf, sftp, ..."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _DATES = ("LastModified", "last_modified", "mtime", "updated", "modified", "crea
 
 
 def list_objects(name: str) -> list[str]:
-    """The tar files of a folder (``.../``, not those of folders below) or the matches of a glob, sorted.
+    """List the tar files of a folder (``.../``, without subfolders) or the matches of a glob, sorted.
 
     Raises:
-        DataError: nothing is found, or the store cannot be asked.
+        DataError: nothing is found, or the store cannot be listed.
     """
     pattern = f"{name}*.tar" if name.endswith("/") else name
-    # Found names come back without scheme and host; they are put behind what the user wrote in front of the pattern.
+    # Matches come back without scheme and host; they are appended to what the user wrote before the pattern.
     first = _PATTERN.search(pattern)
     assert first is not None
     root = pattern[: pattern.rindex("/", 0, first.start()) + 1]
     try:
         files, path = _connect(pattern)
-        files.invalidate_cache()  # what was listed earlier in this process may be out of date
+        files.invalidate_cache()  # an earlier listing of this process may be out of date
         found: dict[str, Mapping[str, Any]] = files.glob(path, detail=True)
         start = len(files._strip_protocol(root).rstrip("/")) + 1
     except Refused as refused:
@@ -56,11 +56,11 @@ def list_objects(name: str) -> list[str]:
 def open_object(url: str, offset: int, identity: str | None, patience: Patience) -> Iterator[Stream]:
     """Read an object from ``offset`` if it is still ``identity``, otherwise from its first byte.
 
-    Its identity is compared again after the last byte. Timeouts and the retries of single requests are the file
-    system's own (s3fs: 15 s per read, five retries); ``patience`` bounds what comes on top.
+    The identity is compared again after the last byte. Timeouts and retries of single requests belong to the file system
+    (s3fs: 15 s per read, five retries); ``patience`` governs the retries on top.
 
     Raises:
-        Refused, Interrupted: there is no stream.
+        Refused, Interrupted: the stream cannot be opened.
     """
     try:
         files, path = _connect(url)
@@ -100,7 +100,7 @@ def _connect(url: str) -> tuple[Any, str]:
 
 
 def _state(files: Any, path: str) -> tuple[str | None, int | None]:
-    """Identity and size in bytes, asked from the store and not from what is remembered of a listing."""
+    """Return identity and size in bytes, from the store itself and not from a cached listing."""
     files.invalidate_cache(path)
     about = files.info(path)
     if about.get("type") == "directory":

@@ -1,4 +1,4 @@
-"""Shards from the standard output of a command."""
+"""Read shards from the standard output of a command."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SHELL_FAILED = (126, 127)  # not executable, not found
 
 @contextmanager
 def open_pipe(url: str, offset: int, identity: str | None, patience: Patience) -> Iterator[Stream]:
-    """Run the command of ``pipe:COMMAND`` in a shell, as webdataset does; always from the first byte.
+    """Run the command of ``pipe:COMMAND`` in a shell, as webdataset does, always from the first byte.
 
-    The stream ends well only if the command ends with exit status 0. Whatever is left of the command and its children
-    when the stream is closed is killed.
+    The stream is complete only if the command exits with status 0. When the stream is closed, the command and its
+    children are killed if they still run.
     """
     process = subprocess.Popen(
         url.removeprefix("pipe:"),
@@ -32,14 +32,14 @@ def open_pipe(url: str, offset: int, identity: str | None, patience: Patience) -
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        start_new_session=True,  # a group of its own, which can be killed as a whole
+        start_new_session=True,  # its own process group, which can be killed as a whole
     )
     assert process.stdout is not None and process.stderr is not None
     said = _LastLine(process.stderr)
     try:
         yield Stream(0, None, None, _chunks(process, process.stdout, said, patience))
     finally:
-        if process.returncode is None:  # not reaped yet, so the number still belongs to it
+        if process.returncode is None:  # not reaped yet, so the id still belongs to it
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         process.stdout.close()
@@ -68,7 +68,7 @@ def _chunks(process: subprocess.Popen[bytes], output: IO[bytes], said: _LastLine
 
 
 class _LastLine:
-    """Drains a command's stderr, so that it never blocks, and keeps the end."""
+    """Drain a command's stderr, so that it never blocks, and keep its end."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -77,7 +77,7 @@ class _LastLine:
         self._thread.start()
 
     def line(self) -> str:
-        self._thread.join(1.0)  # a child left behind may hold stderr open; what came so far will do
+        self._thread.join(1.0)  # a child may still hold stderr open; what came so far is enough
         lines = self._tail.decode("utf-8", "replace").splitlines()
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 

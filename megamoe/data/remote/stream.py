@@ -1,4 +1,4 @@
-"""What the ways to a shard (http, object stores, pipes) have in common: a stream of bytes, and two kinds of failure."""
+"""Define what all sources of shards (http, object stores, pipes) share: a stream of bytes and two kinds of failure."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ CHUNK = 1 << 20  # bytes read at once
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a shard is waited for, and how often it is tried. Times in seconds.
+    """How long to wait for a shard and how often to try. Times in seconds.
 
-    A cluster's network has faults of seconds, a store that throttles of a minute: six tries span about half a minute.
+    Faults of a cluster's network last seconds, throttling of a store a minute: six tries span about half a minute.
     """
 
     connect: float = 10.0
-    read: float = 60.0  # without a byte
-    slowest: float = 4096.0  # bytes per second on average over `read` seconds; below, the stream is taken as stuck
+    read: float = 60.0  # longest wait for the next byte
+    slowest: float = 4096.0  # minimum bytes per second, averaged over `read` seconds; a slower stream is interrupted
     tries: int = 6  # failures in a row without progress
-    first_wait: float = 1.0  # doubles with each failure, with jitter, so that nodes do not come back at one moment
-    longest_wait: float = 60.0  # bounds the doubling and what a server asks for with Retry-After
+    first_wait: float = 1.0  # doubles with each failure, with jitter, so that nodes do not retry at the same moment
+    longest_wait: float = 60.0  # upper bound of the doubling and of a server's Retry-After
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,9 @@ class Stream:
     """The bytes of one try.
 
     Attributes:
-        start: where in the object they begin: the offset that was asked for if the object is for certain the same one
-            as before, otherwise 0.
-        length: bytes of the whole object, or None where the source does not say.
-        identity: changes whenever the object does; None where the source gives nothing to tell it by.
+        start: their offset in the object: the requested one if the object is certainly the same as before, otherwise 0.
+        length: bytes of the whole object, or None if the source does not say.
+        identity: changes whenever the object does; None if the source offers nothing to identify it by.
         chunks: the bytes; raises :class:`Interrupted` when they break off.
     """
 
@@ -42,7 +41,7 @@ class Stream:
 
 
 class Refused(Exception):
-    """Trying again would not help."""
+    """A failure that another try would not fix."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(reason)
@@ -51,7 +50,7 @@ class Refused(Exception):
 
 
 class Interrupted(Exception):
-    """Trying again may help: after ``wait`` seconds if the source asked for that, from the first byte if ``anew``."""
+    """A failure that another try may fix: after ``wait`` seconds if the source asks so, from the first byte if ``anew``."""
 
     def __init__(self, reason: str, *, wait: float | None = None, anew: bool = False) -> None:
         super().__init__(reason)

@@ -1,11 +1,11 @@
-"""From the bytes of a member to pixels and text; what is damaged is found here, not guessed at.
+"""Decode the bytes of a member to pixels or text, and reject damaged ones.
 
-A picture is resized straight to a square: the aspect ratio is not kept, nothing is cut off. JPEGs larger than that are
-first scaled down in the DCT by libjpeg-turbo to no less than the target, then by Pillow (bicubic, antialiased).
+A picture is resized straight to a square: the aspect ratio is not kept, nothing is cropped. libjpeg-turbo first scales
+larger JPEGs down in the DCT to no less than the target; then Pillow resizes (bicubic, antialiased).
 
-``simplejpeg`` in strict mode decodes JPEGs, since it rejects bit damage that other decoders pass over; PNG chunks are
-held against their CRC, which Pillow does not do for pixel data; WebP has no checksums, so there only damage that breaks
-the stream is found.
+``simplejpeg`` in strict mode decodes JPEGs, since it rejects bit damage that other decoders ignore. PNG chunks are
+checked against their CRC, which Pillow does not do for pixel data. WebP has no checksums, so only damage that breaks the
+stream is detected.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, ImageOps
 
-MAX_PIXELS = 64 * 1024 * 1024  # a header that claims more is taken for a decompression bomb
+MAX_PIXELS = 64 * 1024 * 1024  # a header that claims more is treated as a decompression bomb
 _ORIENTATION = 0x0112
 _START_OF_SCAN = 0xDA
 _EXIF = 0xE1
@@ -38,25 +38,25 @@ _ROTATIONS = {
 
 
 class CorruptSample(Exception):
-    """One sample cannot be used; the message is the reason. The reader goes on with the next and counts it as lost."""
+    """A sample that cannot be used; the message is the reason. The reader counts it as lost and takes the next."""
 
 
 def decode_image(data: bytes | memoryview, size: int, out: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
-    """Decode a JPEG, PNG or WebP (told by its first bytes, not by its name) to RGB.
+    """Decode a JPEG, PNG or WebP (detected from its first bytes, not from its name) to RGB.
 
-    Transparency is laid on white, the Exif orientation is applied, and of an animation the first frame is taken.
+    Transparency is composited on white, the Exif orientation is applied, and an animation gives its first frame.
 
     Args:
         data: the file's bytes.
         size: side of the result in pixels.
-        out: uint8 (size, size, 3), contiguous, to be filled and returned; default a new one. After an error it may hold
-            part of the picture.
+        out: uint8 (size, size, 3), contiguous; filled and returned. Default: a new array. After an error it may hold part
+            of the picture.
 
     Returns:
         uint8 (size, size, 3).
 
     Raises:
-        CorruptSample: empty, no picture, cut, damaged, or of more than ``MAX_PIXELS``.
+        CorruptSample: empty, not a picture, truncated, damaged, or larger than ``MAX_PIXELS``.
     """
     if not data:
         raise CorruptSample("image: empty")
@@ -73,7 +73,7 @@ def decode_image(data: bytes | memoryview, size: int, out: npt.NDArray[np.uint8]
             raise CorruptSample(f"image: not a JPEG, PNG or WebP (begins with {bytes(data[:12])!r})")
     except (CorruptSample, MemoryError):
         raise
-    except Exception as error:  # decoders answer bad bytes with errors of every type: ValueError, OSError, SyntaxError ...
+    except Exception as error:  # decoders raise errors of every type for bad bytes: ValueError, OSError, SyntaxError ...
         raise CorruptSample(f"image: {' '.join(str(error).split()) or type(error).__name__}") from error
     if image is not None:
         out[...] = np.asarray(image, dtype=np.uint8)
@@ -81,7 +81,7 @@ def decode_image(data: bytes | memoryview, size: int, out: npt.NDArray[np.uint8]
 
 
 def decode_caption(data: bytes | memoryview, ext: str) -> str:
-    """Text of a ``txt`` member, or the ``"caption"`` of a ``json`` one, without white space around it.
+    """Return the text of a ``txt`` member, or the ``"caption"`` of a ``json`` one, without surrounding white space.
 
     Raises:
         CorruptSample: not UTF-8, no such key, or empty.
@@ -101,7 +101,7 @@ def decode_caption(data: bytes | memoryview, ext: str) -> str:
 
 
 def _jpeg(data: bytes | memoryview, size: int, out: npt.NDArray[np.uint8]) -> Image.Image | None:
-    """The picture, or None if it was decoded straight into ``out``."""
+    """Return the picture, or None if it was decoded straight into ``out``."""
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     _check_pixels(width, height)
     if colorspace in ("CMYK", "YCCK"):  # simplejpeg has no colour conversion for these
@@ -120,18 +120,18 @@ def _jpeg(data: bytes | memoryview, size: int, out: npt.NDArray[np.uint8]) -> Im
 
 
 def _has_exif(data: bytes | memoryview) -> bool:
-    """Whether a segment before the pixels is Exif. To search the bytes for it would take ten times as long."""
+    """Return whether a segment before the pixels is Exif. Searching the bytes for it would take ten times as long."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _START_OF_SCAN:
         if data[at + 1] == _EXIF and data[at + 4 : at + 10] == b"Exif\0\0":
             return True
-        # A fill byte may stand before a marker; of other segments the length follows
+        # A marker may have fill bytes in front; every other segment states its length.
         at += 1 if data[at + 1] == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return False
 
 
 def _pillow(data: bytes | memoryview, kind: str, size: int) -> Image.Image:
-    with warnings.catch_warnings():  # what Pillow calls a bomb and we do not refuse is no news to anybody
+    with warnings.catch_warnings():  # Pillow warns below our own limit, which is checked next
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         opened = Image.open(io.BytesIO(data), formats=[kind])
     with opened as image:
@@ -141,7 +141,7 @@ def _pillow(data: bytes | memoryview, kind: str, size: int) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An RGB picture of any mode that Pillow decodes; what is transparent is laid on white."""
+    """Convert a picture of any mode that Pillow decodes to RGB; transparency is composited on white."""
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion differs between versions
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

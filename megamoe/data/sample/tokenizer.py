@@ -1,4 +1,4 @@
-"""The text side's vocabulary: a sentencepiece model with ``<pad>``, ``</s>``, ``<image>`` and all 256 bytes."""
+"""Encode text with a sentencepiece model that has ``<pad>``, ``</s>``, ``<image>`` and all 256 bytes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import sentencepiece
 from megamoe.core.errors import DataError
 
 PAD, UNKNOWN, EOS, IMAGE = "<pad>", "<unk>", "</s>", "<image>"
-_SPACE = "\u2581"  # sentencepiece's own sign for a space
+_SPACE = "\u2581"  # sentencepiece's own symbol for a space
 _SPECIAL = re.compile(f"({_SPACE}|{IMAGE})")
 
 
 class Tokenizer:
-    """Text to ids and back without loss. Can be sent to another process.
+    """Map text to ids and back without loss. It can be sent to another process.
 
     Raises:
-        DataError: no such file, not a sentencepiece model, or one that lacks a piece that training needs.
+        DataError: the file does not exist, is not a sentencepiece model, or lacks a piece that training needs.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -43,10 +43,10 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(model).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, no end of sequence. Never ``image_id``: only pictures stand for themselves.
+        """Return the ids of ``text``, without end of sequence. They never contain ``image_id``, which only pictures use.
 
-        A text that spells ``<image>`` is spelled out; sentencepiece's sign for a space goes in as bytes, since it would
-        come back as a space.
+        A literal ``<image>`` in the text is encoded as ordinary text. sentencepiece's symbol for a space is encoded as
+        bytes; otherwise it would decode to a space.
         """
         if _SPACE not in text and IMAGE not in text:
             return list(self._pieces.encode(text))
@@ -61,7 +61,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ``ids``; ``<pad>`` and ``</s>`` are nothing, ``<image>`` is itself."""
+        """Return the text of ``ids``; ``<pad>`` and ``</s>`` give nothing, ``<image>`` gives itself."""
         return str(self._pieces.decode(ids))
 
     def _bytes(self, text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""A sentencepiece vocabulary from captions: what `megamoe data tokenizer` makes, and benchmarks for themselves."""
+"""Train a sentencepiece vocabulary on captions, for `megamoe data tokenizer` and benchmarks."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ SMALLEST = 4 + 256 + 1  # the special pieces, all bytes, one piece of text
 
 
 def model_path(out: Path) -> Path:
-    """``OUT.model``; a name that already ends so stays."""
+    """Return ``OUT.model``; a name that already ends in .model is unchanged."""
     return out if out.suffix == ".model" else out.with_name(f"{out.name}.model")
 
 
 def check_size(vocab_size: int) -> None:
-    """Refuse a vocabulary that has no room for the bytes.
+    """Refuse a vocabulary that is too small for the 256 bytes.
 
     Raises:
         UserError: it is too small.
     """
     if vocab_size < SMALLEST:
-        raise UserError(f"--vocab-size {vocab_size}: the least is {SMALLEST} (special pieces and the 256 bytes)")
+        raise UserError(f"--vocab-size {vocab_size}: the minimum is {SMALLEST} (special pieces and the 256 bytes)")
 
 
 def train_tokenizer(captions: Iterable[str], out: Path, vocab_size: int) -> Tokenizer:
     """Train on ``captions``, write :func:`model_path` of ``out``, and return the result.
 
-    BPE, because with few and much repeated captions it makes whole words of them (unigram keeps single letters: half as
-    many tokens more for the same vocabulary), and because merges depend on counts alone, so that the same captions give
-    the same file. Text is taken as it is (no normalisation, no white space collapsed or added) and what was never seen
-    is spelled in bytes, so that decoding gives back what was encoded.
+    The model is BPE for two reasons. On few, repetitive captions it merges whole words, where unigram keeps single letters
+    and needs 1.5 times as many tokens for the same vocabulary. And merges depend on counts alone, so the same captions
+    give the same file. Text is not normalised, and no white space is collapsed or added. Unseen characters are encoded as
+    bytes, so decoding returns exactly what was encoded.
 
     Raises:
-        UserError: ``vocab_size`` has no room for the bytes.
+        UserError: ``vocab_size`` is too small for the 256 bytes.
         DataError: the file cannot be written.
     """
     check_size(vocab_size)
@@ -49,13 +49,13 @@ def train_tokenizer(captions: Iterable[str], out: Path, vocab_size: int) -> Toke
         model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,
-        hard_vocab_limit=False,  # few captions may not have that many pieces in them
+        hard_vocab_limit=False,  # few captions may not contain that many pieces
         byte_fallback=True,
         character_coverage=1.0,
         pad_id=0,
         unk_id=1,
         eos_id=2,
-        bos_id=-1,  # nothing begins a text here but the picture before it
+        bos_id=-1,  # the picture in front begins a text
         pad_piece=PAD,
         unk_piece=UNKNOWN,
         eos_piece=EOS,
@@ -63,7 +63,7 @@ def train_tokenizer(captions: Iterable[str], out: Path, vocab_size: int) -> Toke
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,
-        max_sentence_length=1 << 24,  # longer captions would be left out without a word
+        max_sentence_length=1 << 24,  # longer captions would be ignored silently
         num_threads=1,
         minloglevel=2,
     )

@@ -1,4 +1,4 @@
-"""The shards of a data set: learnt one by one as they are first needed, each sample's id, and the set's fingerprint."""
+"""Learn the shards of a data set one by one as they are first needed, name their samples, and fingerprint the set."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from megamoe.data.shards.index import SampleEntry, ShardIndex, learn_index, read
 from megamoe.data.shards.labels import ShardLabels
 from megamoe.data.shards.storage import MOST_FILES, Storage
 
-_KEPT = 128  # shards and indexes that are open even if fewer are in use, so that the next windows find theirs
-_PLACES = 4096  # names kept at hand
-_SIZED = 10_000  # sizes of so many local shards are part of the fingerprint; more would take a start-up too long
+_KEPT = 128  # shards and indexes kept open even if fewer are in use, for the next windows
+_PLACES = 4096  # shard names and labels cached
+_SIZED = 10_000  # up to so many local shards, their sizes are in the fingerprint; more would slow the start
 
 Quarantine = Mapping[str, int]
 
 
 class BadShard(DataError):
-    """A shard that cannot be used now: not to be had, damaged, or not what was indexed.
+    """A shard that cannot be used now: unavailable, damaged, or not the one that was indexed.
 
     Attributes:
-        shard: its name in sample ids, which holds no secret and stays when the data moves.
-        count: its samples, -1 if that was never learnt.
+        shard: its name in sample ids, which contains no secret and does not change when the data moves.
+        count: number of its samples, -1 if unknown.
     """
 
     def __init__(self, message: str, shard: str, count: int) -> None:
@@ -52,12 +52,12 @@ class BadShard(DataError):
 
 
 class InQuarantine(CorruptSample):
-    """The sample's shard is not read any more."""
+    """The sample's shard is quarantined."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Shards that are mixed with those of other sources; ``weight`` is its share of the samples read."""
+    """Shards that are mixed with those of other sources; ``weight`` is this source's share of the samples read."""
 
     name: str
     shards: Sequence[str]
@@ -65,29 +65,29 @@ class Source:
 
 
 class Located(NamedTuple):
-    """A sample: its id ``<shard>#<key>``, its shard, and where in it its members lie.
+    """A sample: its id ``<shard>#<key>``, its shard, and where its members lie in the tar.
 
-    ``left_out``: samples that are never read and are to be counted with this one: (id, why). They lack a picture or a
-    caption, or their key comes twice. They are spread evenly over those that are read, so that at any time their share is
-    that of the shards read so far.
+    ``lost``: samples of the shard that are never read, to be counted as lost along with this one: (id, why). They lack a
+    picture or a caption, or repeat a key. They are spread evenly over the samples that are read, so that at any time
+    their share is that of the shards read so far.
     """
 
     id: str
     shard: str
     entry: SampleEntry
-    left_out: Sequence[tuple[str, str]]
+    lost: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """All sources of a run and how they are read. Small: O(shards), no sample is known yet.
+    """All sources of a run and how they are read. Small: O(shards), since no sample is known yet.
 
     Attributes:
         sources: at least one.
-        index_dir: where indexes are that do not lie beside their shards; learnt ones are written there.
-        held_out: share of the samples, chosen by their keys, that training does not see.
-        quarantine: shards that are not read any more, by their names in sample ids, and the samples that each one counts
-            for in the order.
+        index_dir: folder of the indexes that do not lie beside their shards; new ones are written there.
+        held_out: share of the samples, chosen by their keys, that training never sees.
+        quarantine: shards that are no longer read, by their names in sample ids, and the number of samples that each one
+            counts for in the order.
     """
 
     sources: Sequence[Source]
@@ -100,17 +100,17 @@ class DataSet:
         object.__setattr__(self, "labels", ShardLabels(*(source.shards for source in self.sources)))
 
     def label(self, source: int, shard: int) -> str:
-        """A shard's name in sample ids: see :class:`megamoe.data.shards.labels.ShardLabels`."""
+        """Return a shard's name in sample ids: see :class:`megamoe.data.shards.labels.ShardLabels`."""
         return self.labels(self.sources[source].shards[shard])
 
     def with_quarantine(self, quarantine: Quarantine) -> DataSet:
-        """The same with other shards in quarantine. Labels are not worked out anew, which takes half a second for many."""
+        """Return the same data set with this quarantine. Labels are shared: computing many takes half a second."""
         other = copy.copy(self)
         object.__setattr__(other, "quarantine", quarantine)
         return other
 
     def find(self, label: str) -> tuple[int, int]:
-        """Source and number of the shard of this name in sample ids."""
+        """Return source and number of the shard with this name in sample ids; raise KeyError if there is none."""
         for source, each in enumerate(self.sources):
             for number, shard in enumerate(each.shards):
                 if self.labels(shard) == label:
@@ -121,16 +121,20 @@ class DataSet:
 @dataclass(frozen=True)
 class _Known:
     index: ShardIndex
-    kept: npt.NDArray[np.int64] | None  # numbers of the samples that are not held out; None: all
-    left_out: list[tuple[str, str]]  # keys that are never read, and why
+    trained: npt.NDArray[np.int64] | None  # numbers of the samples that are not held out; None: all
+    lost: list[tuple[str, str]]  # keys of the samples that cannot be used, and why
 
     @property
     def samples(self) -> int:
-        return self.index.samples if self.kept is None else len(self.kept)
+        return self.index.samples if self.trained is None else len(self.trained)
+
+    def number(self, sample: int) -> int:
+        """Return the number in the index of the ``sample``-th sample that is not held out."""
+        return sample if self.trained is None else int(self.trained[sample])
 
 
 class Catalog:
-    """What one process knows of the shards that it has touched. Not to be sent to another process."""
+    """What one process knows of the shards it has touched. Do not send it to another process."""
 
     def __init__(self, data: DataSet, storage: Storage) -> None:
         self._data = data
@@ -140,23 +144,24 @@ class Catalog:
         self.keep(0)
 
     def keep(self, shards: int) -> None:
-        """Keep so many shards and their indexes open, as far as the limit of open files allows.
+        """Keep this many shards and their indexes open, as far as the limit of open files allows.
 
         An index is a view of its file. The pages of both belong to the system, which shares them among all processes.
         """
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         files = MOST_FILES if files == resource.RLIM_INFINITY else files
-        self._limit = self._storage.limit = max(1, min(max(shards, _KEPT), files // 4))  # two each, half for others
+        # Two files each, and half of the limit for others.
+        self._limit = self._storage.limit = max(1, min(max(shards, _KEPT), files // 4))
 
     def label(self, source: int, shard: int) -> str:
-        """The shard's name in sample ids: see :class:`megamoe.data.shards.labels.ShardLabels`."""
+        """Return the shard's name in sample ids: see :class:`megamoe.data.shards.labels.ShardLabels`."""
         return self._place(source, shard)[1]
 
     def count(self, source: int, shard: int) -> int:
-        """Samples of a shard that training reads. Learns its index if this is the first time.
+        """Return the number of samples of a shard that training reads. The first call learns its index.
 
         Raises:
-            BadShard: it cannot be used, and is not in quarantine.
+            BadShard: it cannot be used, and is not quarantined.
         """
         name, label = self._place(source, shard)
         if label in self._data.quarantine:
@@ -164,25 +169,25 @@ class Catalog:
         return self._index(name).samples
 
     def is_read(self, source: int, shard: int) -> bool:
-        """Whether a shard is not in quarantine."""
+        """Return whether a shard is read, that is, not quarantined."""
         return self._place(source, shard)[1] not in self._data.quarantine
 
     def sample(self, source: int, shard: int, sample: int) -> Located:
-        """Sample number ``sample`` of those that :meth:`count` counts.
+        """Return sample number ``sample`` of those that :meth:`count` counts.
 
         Raises:
-            InQuarantine: its shard is.
+            InQuarantine: its shard is quarantined.
             BadShard: its shard cannot be used.
         """
         name, label = self._place(source, shard)
         if label in self._data.quarantine:
             raise InQuarantine("shard: in quarantine")
         known = self._index(name)
-        entry = known.index.sample(sample if known.kept is None else int(known.kept[sample]))
-        return Located(f"{label}#{entry.key}", name, entry, _left_out(known, label, sample))
+        entry = known.index.sample(known.number(sample))
+        return Located(f"{label}#{entry.key}", name, entry, _lost(known, label, sample))
 
     def read(self, located: Located) -> tuple[memoryview, memoryview]:
-        """Bytes of the picture and of the caption of a located sample.
+        """Return the bytes of the picture and of the caption of a located sample.
 
         Raises:
             BadShard: the shard cannot be read, or is not what was indexed.
@@ -196,18 +201,19 @@ class Catalog:
             raise self._bad(located.shard, error) from error
 
     def read_all(self, source: int, shard: int, sample: int) -> tuple[str, dict[str, bytes], Sequence[tuple[str, str]]]:
-        """A sample, numbered as in :meth:`sample`: its key, the bytes of all its members by extension, in their order, and
-        what is left out as in :class:`Located`.
+        """Return the key of a sample, the bytes of all its members by extension, and its ``lost`` as in :class:`Located`.
+
+        The sample is numbered as in :meth:`sample`; the members keep their order in the tar.
 
         Raises:
-            InQuarantine: its shard is.
+            InQuarantine: its shard is quarantined.
             BadShard: its shard cannot be used.
         """
         name, label = self._place(source, shard)
         if label in self._data.quarantine:
             raise InQuarantine("shard: in quarantine")
         known = self._index(name)
-        number = sample if known.kept is None else int(known.kept[sample])
+        number = known.number(sample)
         extents = known.index.members(number)
         try:
             contents = self._storage.read(name, list(extents.values()))
@@ -216,10 +222,10 @@ class Catalog:
         except DataError as error:
             raise self._bad(name, error) from error
         members = {ext: bytes(content) for ext, content in zip(extents, contents, strict=True)}
-        return known.index.key(number), members, _left_out(known, label, sample)
+        return known.index.key(number), members, _lost(known, label, sample)
 
     def _place(self, source: int, shard: int) -> tuple[str, str]:
-        """Name and label of a shard, without unpacking them from all names each time."""
+        """Return name and label of a shard from a cache; unpacking them from all names takes long."""
         place = self._places.get((source, shard))
         if place is None:
             if len(self._places) >= _PLACES:
@@ -250,22 +256,22 @@ class Catalog:
 
     def _bad(self, shard: str, error: DataError) -> BadShard:
         if not isinstance(error, ShardUnavailable):
-            self._storage.forget(shard)  # a page of HTML in place of a tar must not stay in the cache
+            self._storage.forget(shard)  # an HTML page in place of a tar must not stay in the cache
         label = self._data.labels(shard)
         return BadShard(str(error), label, self._loaded[shard].samples if shard in self._loaded else -1)
 
 
-def _left_out(known: _Known, label: str, sample: int) -> Sequence[tuple[str, str]]:
-    if not known.left_out:
+def _lost(known: _Known, label: str, sample: int) -> Sequence[tuple[str, str]]:
+    if not known.lost:
         return ()
-    first, last = (n * len(known.left_out) // known.samples for n in (sample, sample + 1))
-    return [(f"{label}#{key}", f"incomplete: {why}") for key, why in known.left_out[first:last]]
+    first, last = (n * len(known.lost) // known.samples for n in (sample, sample + 1))
+    return [(f"{label}#{key}", f"incomplete: {why}") for key, why in known.lost[first:last]]
 
 
 def learnt_count(data: DataSet, shard: str, cache: ShardCache | None, fetch: bool) -> int:
-    """What :meth:`Catalog.count` says of ``shard`` (its name in sample ids) by its index, whatever the shard is like now.
+    """Return :meth:`Catalog.count` of ``shard`` (its name in sample ids) from its index, whatever the shard is like now.
 
-    Without an index the shard itself is asked for if ``fetch`` is set. -1 if that does not help.
+    Without an index, ``fetch`` reads the shard itself. Returns -1 if the count stays unknown.
     """
     with closing(Storage(cache)) as storage:
         catalog = Catalog(data.with_quarantine({}), storage)
@@ -282,20 +288,20 @@ def learnt_count(data: DataSet, shard: str, cache: ShardCache | None, fetch: boo
 
 
 def _known(index: ShardIndex, share: float) -> _Known:
-    left_out = [*index.incomplete, *((key, "its key comes twice") for key in index.duplicates)]
+    lost = [*index.incomplete, *((key, "its key comes twice") for key in index.duplicates)]
     if not share:
-        return _Known(index, None, left_out)
-    kept = np.flatnonzero(~held_out(index.hashes, share))
-    others = ~held_out(key_hashes(key for key, _ in left_out), share)
-    return _Known(index, kept, [each for each, is_ours in zip(left_out, others, strict=True) if is_ours])
+        return _Known(index, None, lost)
+    trained = np.flatnonzero(~held_out(index.hashes, share))
+    others = ~held_out(key_hashes(key for key, _ in lost), share)
+    return _Known(index, trained, [each for each, is_ours in zip(lost, others, strict=True) if is_ours])
 
 
 def data_fingerprint(data: DataSet) -> str:
-    """16 hex digits over names, weights and, of up to 10,000 local shards, sizes, in their order.
+    """Return 16 hex digits over names, weights and, for up to 10,000 local shards, sizes, in their order.
 
     Two runs with equal fingerprints, seeds and global batches read the same samples in the same order, unless a shard was
-    replaced by another one of its name; its index tells that when it is read. Folders and signatures of URLs do not count:
-    data may move, and be signed anew.
+    replaced by another of the same name; that is detected from its index when it is read. Folders and URL signatures are
+    not part of the fingerprint: data may move, and URLs may be signed again.
     """
     digest = hashlib.sha256(f"{data.held_out}\n".encode())
     local = sum(not is_remote(shard) for source in data.sources for shard in source.shards)

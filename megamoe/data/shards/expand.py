@@ -1,4 +1,4 @@
-"""From the way users of WebDataset name shards to a list of them: local tar files, URLs and commands."""
+"""Expand shard names as WebDataset users write them to a list of local tar files, URLs and commands."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _JOIN = re.compile(r"::(?![^\[]*\])")  # but not the one in an IPv6 address: htt
 _PATTERN = re.compile(r"[*?\[]")
 _WEB = ("http", "https")
 _FILE = "file://"
-# From so many names on, each of their folders is listed once instead of looking at each name: on a parallel file system
-# a look costs up to a millisecond, on every rank, and 217,000 of them minutes.
+# With more names than this, each folder is listed once and names are not checked one by one: on a parallel file system
+# one check takes up to a millisecond on every rank, and 217,000 of them take minutes.
 _MANY = 1000
 
 
 def expand_shards(specs: Sequence[str]) -> list[str]:
     """List the shards that ``specs`` name, in the order given.
 
-    A spec is one of these, or several joined by ``::``; braces (``{00000..00063}``, ``{a,b}``) work in all of them:
+    A spec is one of the following, or several joined by ``::``; braces (``{00000..00063}``, ``{a,b}``) work in all:
 
-    - local: a tar file, a folder (its ``*.tar`` sorted by name, not those in folders below), a glob (sorted, ``**``
-      allowed); ``file://`` in front changes nothing;
-    - ``http://`` and ``https://``: a tar file each, not looked at before it is read, since a web server has no listing;
-    - ``s3://``, ``gs://``, ``az://``, ``hf://`` and all else that fsspec knows: a tar file (not looked at before it is
+    - local: a tar file, a folder (its ``*.tar`` sorted by name, without subfolders) or a glob (sorted, ``**`` allowed);
+      a ``file://`` in front is ignored;
+    - ``http://`` and ``https://``: one tar file each, not checked before it is read, since a web server has no listing;
+    - ``s3://``, ``gs://``, ``az://``, ``hf://`` and any other scheme of fsspec: a tar file (not checked before it is
       read), a folder (ends in ``/``) or a glob, listed through fsspec;
-    - ``pipe:COMMAND``: what a shell command writes to its standard output.
+    - ``pipe:COMMAND``: the standard output of a shell command.
 
-    Local names are looked at: a missing one is an error here.
+    Local names are checked: a missing one is an error here.
 
     Raises:
         DataError: a spec names nothing, a local shard is missing, or a shard is named twice.
@@ -47,10 +47,10 @@ def expand_shards(specs: Sequence[str]) -> list[str]:
 
 
 def iter_shards(specs: Sequence[str]) -> Iterator[str]:
-    """As :func:`expand_shards`, one after the other: hundreds of thousands of names are never all in memory.
+    """Yield the shards of :func:`expand_shards` one by one: hundreds of thousands of names are never all in memory.
 
     Raises:
-        DataError: likewise; for a shard that is named twice, after the last one.
+        DataError: as for :func:`expand_shards`; for a shard that is named twice, after the last one.
     """
     disk = _Disk(many=any(True for _ in itertools.islice(_expanded(specs), _MANY, None)))
     files = array("q")  # numbers in place of names: see megamoe.data.shards.names
@@ -71,10 +71,10 @@ def iter_shards(specs: Sequence[str]) -> Iterator[str]:
 
 
 def local_shards(specs: Sequence[str]) -> list[Path]:
-    """As :func:`expand_shards`, for tools that read and write files of this machine.
+    """Expand shards for tools that need local files; otherwise as :func:`expand_shards`.
 
     Raises:
-        DataError: one is no local file.
+        DataError: a shard is not a local file.
     """
     shards = expand_shards(specs)
     if remote := next((shard for shard in shards if is_remote(shard)), None):
@@ -83,17 +83,17 @@ def local_shards(specs: Sequence[str]) -> list[Path]:
 
 
 def is_remote(shard: str) -> bool:
-    """Whether ``shard``, as :func:`expand_shards` gives it, is no local file."""
+    """Return whether ``shard``, as :func:`expand_shards` returns it, is not a local file."""
     return scheme(shard) is not None
 
 
 def _expanded(specs: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Each name, and the part of a spec that it comes from."""
+    """Yield each name and the part of a spec that it comes from."""
     return ((name, part) for spec in specs for part in _JOIN.split(spec) for name in _names(part, spec))
 
 
 def _found(specs: Sequence[str], disk: _Disk) -> Iterator[tuple[str, str]]:
-    """Each shard, and what tells whether it is the same as another one."""
+    """Yield each shard with an identity that is equal for two names of the same shard."""
     for name, part in _expanded(specs):
         kind = scheme(name)
         if kind is not None:
@@ -104,16 +104,16 @@ def _found(specs: Sequence[str], disk: _Disk) -> Iterator[tuple[str, str]]:
 
 
 def _names(part: str, spec: str) -> Iterator[str]:
-    """``part`` with its braces expanded and without ``file://``."""
+    """Yield the names of ``part``: braces expanded, ``file://`` removed."""
     if not part:
-        raise DataError(f"shards {masked(spec)!r}: there is an empty name in it; write a.tar or a.tar::b.tar")
+        raise DataError(f"shards {masked(spec)!r}: a name in it is empty; write a.tar or a.tar::b.tar")
     part = part.removeprefix(_FILE)
     kind = scheme(part)
     if kind is None and os.path.lexists(os.path.expanduser(part)):
-        yield part  # a real name wins over a reading as a pattern
+        yield part  # a file of exactly this name wins over a pattern
         return
     try:
-        # Backslashes in a command are the shell's. Where there are none, nothing is looked for in each of the names.
+        # Backslashes in a command are the shell's. Without any, braceexpand need not unescape each name.
         yield from braceexpand(part, escape=kind != "pipe" and "\\" in part)
     except ValueError as error:  # its UnbalancedBracesError
         raise DataError(f"shards {masked(part)!r}: unbalanced braces; write path/{{00000..00063}}.tar") from error
@@ -122,13 +122,13 @@ def _names(part: str, spec: str) -> Iterator[str]:
 def _remote(kind: str, name: str, part: str) -> list[str]:
     if kind == "pipe":
         if not name.removeprefix("pipe:").strip():
-            raise DataError(f"shards {part!r}: there is no command; write pipe:COMMAND")
+            raise DataError(f"shards {part!r}: the command is missing; write pipe:COMMAND")
         return [name]
     if kind in _WEB:
         path = name.partition("?")[0]
         if path.endswith("/") or "*" in path:
             raise DataError(
-                f"shards {masked(name)!r}: a web server cannot be asked which files it has; "
+                f"shards {masked(name)!r}: a web server cannot list its files; "
                 f"write {kind}://host/path/{{00000..00063}}.tar"
             )
         return [name]
@@ -160,7 +160,7 @@ def _local(name: str, disk: _Disk) -> list[str]:
 
 
 class _Disk:
-    """What lies under local names: by a look at each, or, if there are ``many``, by one listing of each folder."""
+    """Check local names: one by one, or if there are ``many``, from one listing of each folder."""
 
     def __init__(self, many: bool) -> None:
         self.many = many
@@ -180,13 +180,13 @@ class _Disk:
         return entry is not None and entry.is_dir()
 
     def tars(self, folder: str) -> list[str]:
-        """The visible ``*.tar`` files in ``folder``, sorted by name."""
+        """Return the visible ``*.tar`` files in ``folder``, sorted by name."""
         entries = self._list(folder)
         names = (name for name in entries if name.endswith(".tar") and not name.startswith("."))
         return [os.path.join(folder, name) for name in sorted(names) if entries[name].is_file()]
 
     def real(self, path: str) -> str:
-        """``path`` without symbolic links in it."""
+        """Return ``path`` with all symbolic links resolved."""
         folder, name = os.path.split(path)
         entry = self._listed.get(folder, {}).get(name)
         if entry is None or entry.is_symlink():

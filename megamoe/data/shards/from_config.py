@@ -1,4 +1,4 @@
-"""From the settings of a run to the shards it reads and the cache it keeps of those that are not local."""
+"""Open the data set that section ``data`` of a config names, and the node's cache of shards that are not local."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from megamoe.data.shards.names import ShardNames, name_hashes, repeated
 
 
 def open_data_set(data: DataConfig, index_dir: Path) -> DataSet:
-    """The shards of ``data.train``. Lists folders, opens no shard.
+    """Return the shards of ``data.train``. Folders are listed, but no shard is opened.
 
     Args:
         data: section ``data`` of the config.
-        index_dir: where learnt indexes are kept if ``data.index`` is not set.
+        index_dir: folder for new indexes if ``data.index`` is not set.
 
     Raises:
-        UserError: there are none.
-        DataError: one is missing, or named twice.
+        UserError: ``data.train`` is empty.
+        DataError: a shard is missing, or named twice.
     """
     if not data.train:
         raise UserError("data.train is empty: name the training shards, for example data.train=shards/{00000..00063}.tar")
@@ -54,6 +54,6 @@ def _check_owners(sources: Sequence[Source]) -> None:
 
 
 def open_cache(data: DataConfig) -> ShardCache:
-    """The node's cache of shards that are not local files."""
+    """Return the node's cache of shards that are not local files."""
     folder = data.cache or Path(os.environ.get("MEGAMOE_CACHE", "~/.cache/megamoe/shards")).expanduser()
     return ShardCache(folder, int(data.cache_gb * 1e9))

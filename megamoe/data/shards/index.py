@@ -1,30 +1,25 @@
-"""The index of a shard: where each sample's picture and caption lie in the tar, made in one pass, read in an instant.
+"""Index a shard: record where each sample lies in the tar, in one pass, so that it can be read at random.
 
-A sample is what WebDataset takes for one: adjacent members whose names agree up to the first dot of the base name.
-It needs a picture (``jpg``, ``jpeg``, ``png``, ``webp``; the first in the tar if there are several) and a caption
-(``txt``, else the ``"caption"`` of its ``json``). Samples that lack one, and keys that come twice, are left out,
-counted and named.
+A sample is defined as in WebDataset: adjacent members whose names agree up to the first dot of the base name. It needs a
+picture (``jpg``, ``jpeg``, ``png``, ``webp``; the first in the tar if there are several) and a caption (``txt``, else the
+``"caption"`` of its ``json``). Samples that lack one, and repeated keys, are lost: the index counts and names them.
 
-The file is NumPy's ``npz`` without pickles. It lies beside its shard as ``NAME.tar.idx`` or in a folder of indexes,
-under a name that tells equal file names of different folders apart.
+The file is NumPy's ``npz`` without pickles. It lies beside its shard as ``NAME.tar.idx``, or in a folder of indexes under
+a name that distinguishes equal file names of different folders.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import mmap
 import os
 import re
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,22 +30,22 @@ from megamoe.core.files import atomic_file
 from megamoe.core.urls import masked, unsigned
 from megamoe.data.shards.expand import is_remote
 from megamoe.data.shards.held_out import key_hashes
+from megamoe.data.shards.mapped_npz import map_npz
 from megamoe.data.shards.tar import Member, open_for_walk, walk
 
 FORMAT = 4
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 TEXT_EXTENSIONS = ("txt", "json")
-_EXTENSIONS = IMAGE_EXTENSIONS + TEXT_EXTENSIONS  # an extension is stored as its place in here
+_EXTENSIONS = IMAGE_EXTENSIONS + TEXT_EXTENSIONS  # an extension is stored as its index in this tuple
 _NAME = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$", re.DOTALL)  # key and extension, as webdataset splits them
-_NPY_MAGIC = b"\x93NUMPY\x01\x00"
-_NPY_HEAD = 4096  # bytes in which an array's own header fits: NumPy writes 128 for such arrays
-_META = re.compile(r"__[^/]*__($|/)")  # webdataset's names for what is no sample
+_META = re.compile(r"__[^/]*__($|/)")  # names that webdataset reserves for metadata
 
 
 class ShardState(NamedTuple):
-    """A shard on this machine: its file, and what tells it from an earlier one of the same name.
+    """A shard on this machine: its file, and what distinguishes it from an earlier one of the same name.
 
-    ``identity`` is what the server said of a fetched shard (its ETag); it is empty for a local file, whose time counts.
+    ``identity`` comes from the server of a fetched shard (its ETag). It is empty for a local file, which is identified by
+    its modification time.
     """
 
     path: Path
@@ -60,10 +55,10 @@ class ShardState(NamedTuple):
 
     @classmethod
     def of_file(cls, path: Path) -> ShardState:
-        """The state of a local file.
+        """Return the state of a local file.
 
         Raises:
-            DataError: it cannot be looked at.
+            DataError: the file is missing or not accessible.
         """
         try:
             status = path.stat()
@@ -92,7 +87,7 @@ class SampleEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """What can be known of a shard without reading its offsets."""
+    """Facts of a shard that can be read without its offsets."""
 
     format: int
     shard: str
@@ -110,9 +105,9 @@ class ShardIndex:
 
     ``table`` is int64 (samples, 8): extent and number of the extension of the picture, the same of the caption.
     ``others`` is int64 (n, 4): extent and number in ``extensions`` of the members that are neither; those of sample i end
-    at ``other_ends[i]``. ``hashes`` is uint64 (samples,), :func:`.key_hash` of the keys. Each worker of a
-    run opens each shard, and in a large run has few samples of it: to go through all keys for what is held out would take
-    longer than to decode those.
+    at ``other_ends[i]``. ``hashes`` is uint64 (samples,), :func:`.key_hash` of the keys. They are stored because each
+    worker of a run opens each shard and in a large run reads few of its samples: hashing all keys, to find the held-out
+    samples, would take longer than decoding those few.
     """
 
     header: IndexHeader
@@ -132,17 +127,17 @@ class ShardIndex:
         return self.header.samples
 
     def key(self, i: int) -> str:
-        """Key of sample ``i``."""
+        """Return the key of sample ``i``."""
         start = int(self.key_ends[i - 1]) if i else 0
         return self.keys[start : int(self.key_ends[i])].tobytes().decode("utf-8")
 
     def sample(self, i: int) -> SampleEntry:
-        """Entry of sample ``i`` in the order of the tar."""
+        """Return the entry of sample ``i`` in the order of the tar."""
         a, b, c, image_ext, d, e, f, text_ext = self.table[i].tolist()
         return SampleEntry(self.key(i), Extent(a, b, c), _EXTENSIONS[image_ext], Extent(d, e, f), _EXTENSIONS[text_ext])
 
     def members(self, i: int) -> dict[str, Extent]:
-        """All members of sample ``i`` by extension, in the order of the tar."""
+        """Return all members of sample ``i`` by extension, in the order of the tar."""
         entry = self.sample(i)
         found = [(entry.image, entry.image_ext), (entry.text, entry.text_ext)]
         for *extent, ext in self.others[self.other_ends[i - 1] if i else 0 : self.other_ends[i]].tolist():
@@ -151,10 +146,14 @@ class ShardIndex:
 
 
 def build_index(shard: str | Path, state: ShardState | None = None) -> ShardIndex:
-    """Read the headers of ``shard`` once, front to back; ``state`` says where it lies if that is not its name.
+    """Build an index from the headers of ``shard``, read once, front to back.
+
+    Args:
+        shard: name of the shard.
+        state: where it lies on this machine; default the local file of that name.
 
     Raises:
-        DataError: it cannot be opened, is no whole tar, holds no complete sample, or changes while it is read.
+        DataError: it cannot be opened, is not an intact tar, has no complete sample, or changes while it is read.
     """
     rows: list[tuple[int, ...]] = []
     keys: list[str] = []
@@ -213,7 +212,7 @@ def build_index(shard: str | Path, state: ShardState | None = None) -> ShardInde
 
 
 def write_index(index: ShardIndex, path: Path) -> None:
-    """Write ``index`` so that ``path`` is whole or absent."""
+    """Write ``index`` atomically: ``path`` is complete or absent."""
     names = {"extensions": index.extensions, "incomplete": index.incomplete, "duplicates": index.duplicates}
     with atomic_file(path) as file:
         np.savez(
@@ -231,9 +230,9 @@ def write_index(index: ShardIndex, path: Path) -> None:
 
 
 def index_path(shard: str | Path, index_dir: Path | None) -> Path:
-    """The file that holds, or would hold, the index of ``shard``: beside it if that exists, else in ``index_dir``.
+    """Return where the index of ``shard`` is or would be: beside the shard if there is one, else in ``index_dir``.
 
-    Without ``index_dir`` it is the one beside the shard in any case. A shard that is not a local file has none beside it.
+    Without ``index_dir`` it is always the path beside the shard. A shard that is not a local file has no index beside it.
     """
     name = unsigned(os.fspath(shard))
     remote = is_remote(name)
@@ -250,10 +249,15 @@ def index_path(shard: str | Path, index_dir: Path | None) -> Path:
 
 
 def load_index(shard: str | Path, index_dir: Path | None, state: ShardState | None = None) -> ShardIndex:
-    """The index of ``shard``. ``state`` is where the shard lies now; default the local file of its name.
+    """Load the index of ``shard`` and check that it is current.
+
+    Args:
+        shard: name of the shard.
+        index_dir: see :func:`index_path`.
+        state: where the shard lies now; default the local file of that name.
 
     Raises:
-        DataError: the shard or its index is missing, the index cannot be read, or it is older than its shard.
+        DataError: the shard or its index is missing, or the index is unreadable or older than its shard.
     """
     index = read_index(shard, index_dir)
     header, now = index.header, state or ShardState.of_file(Path(shard))
@@ -265,15 +269,15 @@ def load_index(shard: str | Path, index_dir: Path | None, state: ShardState | No
 
 
 def read_index(shard: str | Path, index_dir: Path | None) -> ShardIndex:
-    """The index of ``shard`` as it was made, whatever has become of the shard since.
+    """Read the index of ``shard`` without checking the shard, which may have changed since.
 
     Raises:
-        DataError: it is missing, damaged or of another format.
+        DataError: the index is missing, damaged or of another format.
     """
     path = index_path(shard, index_dir)
     damaged = f"index {path}: damaged; {_remedy(shard)}"
     try:
-        arrays = _mapped(path)
+        arrays = map_npz(path)
         content = json.loads(arrays["header"].tobytes())
         if content["format"] != FORMAT:
             raise DataError(f"index {path}: format {content['format']}, not {FORMAT}; {_remedy(shard)}")
@@ -300,49 +304,11 @@ def read_index(shard: str | Path, index_dir: Path | None) -> ShardIndex:
     return index
 
 
-def _mapped(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of an ``npz`` as views of the file, read-only: all processes of a node share one copy of its pages.
-
-    Raises:
-        OSError, ValueError, ...: it is missing or damaged.
-    """
-    arrays = {}
-    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-        whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        for member in archive.infolist():
-            lengths = struct.unpack_from("<HH", whole, member.header_offset + 26)  # of name and extra field before it
-            start = member.header_offset + 30 + sum(lengths)
-            content = whole[start : start + member.file_size]
-            if member.compress_type != zipfile.ZIP_STORED or zlib.crc32(content) != member.CRC:
-                raise ValueError("wrong CRC")
-            shape, dtype, first = _array_head(bytes(content[:_NPY_HEAD]))
-            array: npt.NDArray[Any] = np.ndarray(shape, dtype, content, first)
-            arrays[member.filename.removesuffix(".npy")] = array
-    return arrays
-
-
-def _array_head(content: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """Shape and type of the array in ``content``, of which this is the beginning, and where its numbers begin."""
-    length = len(_NPY_MAGIC) + 2 + int.from_bytes(content[len(_NPY_MAGIC) : len(_NPY_MAGIC) + 2], "little")
-    return *_parsed(content[:length]), length
-
-
-@lru_cache(1024)  # NumPy takes 30 us for one, and shards of a set are of equal size
-def _parsed(head: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    file = io.BytesIO(head)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("another version of the format")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    if fortran or dtype.hasobject:
-        raise ValueError("not plain rows of numbers")
-    return shape, dtype
-
-
 def learn_index(shard: str | Path, index_dir: Path | None, state: ShardState | None = None) -> ShardIndex:
-    """The index of ``shard``, made and kept for the next time if there is none; processes that ask at once make it once.
+    """Load the index of ``shard``, or build and write it if there is none. Concurrent processes build it once.
 
     Raises:
-        DataError: the shard cannot be used, or an index that exists is older than its shard or damaged.
+        DataError: the shard cannot be used, or an existing index is damaged or older than its shard.
     """
     path = index_path(shard, index_dir)
     if not path.exists():
@@ -358,7 +324,7 @@ def learn_index(shard: str | Path, index_dir: Path | None, state: ShardState | N
 
 
 def groups(members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Adjacent members with one key. An extension that comes twice begins a new group: nothing is overwritten."""
+    """Group adjacent members with one key. A repeated extension begins a new group, so nothing is overwritten."""
     current: str | None = None
     group: dict[str, Member] = {}
     for member in members:
@@ -377,7 +343,7 @@ def groups(members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]
 
 def _remedy(shard: str | Path) -> str:
     if is_remote(str(shard)):
-        return "put the shard back that it was made from, or remove it and start a new run"
+        return "restore the shard that it was made from, or remove it and start a new run"
     return f"run `megamoe data index {shard}`"
 
 
@@ -386,7 +352,7 @@ def _has_caption(file: BinaryIO, member: Member) -> bool:
     file.seek(member.offset)
     try:
         content = json.loads(file.read(member.size))
-    except (ValueError, RecursionError):  # a stranger's JSON may be nested a thousand deep
+    except (ValueError, RecursionError):  # JSON from elsewhere may be nested a thousand deep
         return False
     finally:
         file.seek(here)

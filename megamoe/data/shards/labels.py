@@ -1,4 +1,4 @@
-"""What shards are called in sample ids, ``<label>#<key>``, in little memory: every process of a node has it for all."""
+"""Name shards in sample ids, ``<label>#<key>``, in little memory: every process of a node holds the labels of all."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from megamoe.data.shards.names import name_hashes, repeated
 
 
 class ShardLabels:
-    """The labels of shards, given all of them; call it with one.
+    """Map each shard to its label. Construct it from all shards; call it with one.
 
-    That is the file name without its folder (of a command: the last file name that it mentions), so that ids survive a
-    move of the data; shards whose file names are equal are named by their whole name, so that ids stay unique. Secrets
-    in URLs never become part of an id: where whole names differ in nothing else, a hash of each is added.
+    A label is the file name without its folder (for a command: the last file name that it mentions), so that ids survive
+    a move of the data. Shards that share a file name are labelled by their whole name, so that ids stay unique. Secrets
+    in URLs never become part of an id: if whole names differ in nothing else, a hash of each is added.
 
-    Several sets that img2dataset made all begin with ``00000.tar``. So what is kept of file names that are not unique is
-    eight bytes each, which mean the same in every process.
+    All sets made by img2dataset begin with ``00000.tar``, so many file names may repeat. Only eight bytes are kept of
+    each, and they are the same in every process.
     """
 
     def __init__(self, *groups: Sequence[str]) -> None:
         self._repeated: np.ndarray[tuple[int], np.dtype[np.uint64]] = np.empty(0, dtype=np.uint64)
-        self._alike: frozenset[str] = frozenset()  # whole names that several have
+        self._alike: frozenset[str] = frozenset()  # whole names that several shards have
         twice = repeated(name_hashes(map(_file_name, chain.from_iterable(groups))))
         if not twice:
             return
@@ -40,13 +40,13 @@ class ShardLabels:
                 if not is_plain(shard):
                     whole[_whole_name(shard)] += 1
         found, counts = np.unique(np.frombuffer(numbers, dtype=np.uint64), return_counts=True)
-        self._repeated = found[counts > 1]  # by chance the other numbers may be equal too
-        if whole:  # what is plain is shown as it is
+        self._repeated = found[counts > 1]  # `twice` compares hashes, which by chance are equal for different names
+        if whole:  # a plain name is its own whole name
             whole.update(shard for shard in chain.from_iterable(groups) if shard in whole and is_plain(shard))
         self._alike = frozenset(name for name, count in whole.items() if count > 1)
 
     def __call__(self, shard: str) -> str:
-        """The label of one of the shards."""
+        """Return the label of one of the shards."""
         name = _file_name(shard)
         if not self._is_repeated(name):
             return name
@@ -64,12 +64,12 @@ class ShardLabels:
 
 
 def shard_labels(shards: Sequence[str]) -> list[str]:
-    """The names in sample ids of these shards, which are all: see :class:`ShardLabels`."""
+    """Return the labels of ``shards``, which must be all shards of the set: see :class:`ShardLabels`."""
     return list(map(ShardLabels(shards), shards))
 
 
 def _digest(name: str) -> bytes:
-    """64 bits of ``name``, the same in every process. Python's own hash is not."""
+    """Return a 64-bit hash of ``name`` that is the same in every process; Python's own hash is not."""
     return hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
 
 
@@ -86,5 +86,5 @@ def _file_name(shard: str) -> str:
 
 
 def _whole_name(shard: str) -> str:
-    """``shard`` as it may be shown to anybody."""
+    """Return ``shard`` without secrets, as it may be shown to anybody."""
     return masked(shard.partition("?")[0] if scheme(shard) in ("http", "https") else shard)

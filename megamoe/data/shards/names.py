@@ -1,4 +1,4 @@
-"""Names of hundreds of thousands of shards, in little memory: every process of a node has them."""
+"""Hold the names of hundreds of thousands of shards in little memory: every process of a node has them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-_BLOCK = 128  # names that are compressed together; one is found by unpacking its block, in some microseconds
-_END = b"\0"  # which no file name and no URL has
+_BLOCK = 128  # names compressed together; reading one unpacks its block, which takes some microseconds
+_END = b"\0"  # occurs in no file name and no URL
 
 
 class ShardNames(Sequence[str]):
-    """A list of names, compressed: 217,000 that differ in a number take one megabyte in place of nineteen."""
+    """A compressed list of names: 217,000 that differ in a number take one megabyte and not nineteen."""
 
     def __init__(self, names: Iterable[str]) -> None:
         blocks, self._count = [], 0
@@ -52,11 +52,11 @@ class ShardNames(Sequence[str]):
 
 
 def name_hashes(names: Iterable[str]) -> npt.NDArray[np.int64]:
-    """A number for each name, equal for equal names: to look for those that come twice without keeping them all."""
+    """Return a number for each name, equal for equal names, to find repeated names without keeping them all."""
     return np.fromiter(map(hash, names), dtype=np.int64)
 
 
 def repeated(hashes: npt.NDArray[np.int64]) -> frozenset[int]:
-    """The numbers that come more than once. Their names are alike, or, very rarely, are not."""
+    """Return the numbers that occur more than once. Very rarely, the names behind one differ."""
     ordered = np.sort(hashes)
     return frozenset(ordered[1:][ordered[1:] == ordered[:-1]].tolist())

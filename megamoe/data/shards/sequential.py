@@ -1,4 +1,4 @@
-"""Shards read front to back, sample by sample: what evaluation and the data tools need."""
+"""Read shards front to back, sample by sample, for evaluation and the data tools."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OnLost = Callable[[str, str], None]
 
 @dataclass(frozen=True)
 class Sample:
-    """A decoded sample: ``<shard>#<key>``, uint8 (H, W, 3), text."""
+    """A decoded sample: id ``<shard>#<key>``, image uint8 (H, W, 3), caption."""
 
     id: str
     image: npt.NDArray[np.uint8]
@@ -48,14 +48,14 @@ def read_samples(
     cache: ShardCache | None = None,
     share: float = 1.0,
 ) -> Iterator[Sample]:
-    """Yield the samples of the shards in their order, at most ``limit``, pictures resized to ``image_size``.
+    """Yield the samples of the shards in order, at most ``limit``, pictures resized to ``image_size``.
 
-    Shards that are not local files are read from ``cache``. With a ``share`` below 1, only the samples that a run with
-    this ``data.held_out`` never trains on are read.
+    Shards that are not local files are read from ``cache``. With a ``share`` below 1, only the held-out samples are read:
+    those that a run with this ``data.held_out`` never trains on.
 
-    ``on_lost(id, reason)`` is called for each sample that cannot be used, incomplete ones and second ones of a key
-    included; without it each is logged as a warning. ``on_bad(shard, reason)`` is called for a shard that cannot be used;
-    the rest of it is left out.
+    ``on_lost(id, reason)`` is called for each lost sample, including incomplete ones and repeated keys; without it, each
+    is logged as a warning. ``on_bad(shard, reason)`` is called for a shard that cannot be used; the rest of that shard is
+    not read.
 
     Raises:
         DataError: a shard cannot be used, and there is no ``on_bad``.
@@ -71,7 +71,7 @@ def read_samples(
 
 
 def read_captions(specs: Sequence[str], index_dir: Path | None = None, on_lost: OnLost | None = None) -> Iterator[str]:
-    """Yield the captions of the shards in order, no picture decoded; lost ones as in :func:`read_samples`."""
+    """Yield the captions of the shards in order without decoding pictures; lost ones as in :func:`read_samples`."""
     with closing(Storage()) as storage:
 
         def read(name: str, shard: str, entry: SampleEntry) -> str:
@@ -113,13 +113,13 @@ def _read_all(
 def _entries(
     shard: str, label: str, index_dir: Path | None, lose: OnLost, storage: Storage, share: float
 ) -> Iterator[tuple[str, SampleEntry]]:
-    # reading writes nothing: where there is no index it is made for this pass only
+    # Reading writes nothing: a missing index is built for this pass only.
     state = storage.state(shard)
     known = (index_dir is not None or not is_remote(shard)) and index_path(shard, index_dir).exists()
     index = load_index(shard, index_dir, state) if known else build_index(shard, state)
-    left_out = [*index.incomplete, *((key, "key comes twice") for key in index.duplicates)]
-    for number in np.flatnonzero(held_out(key_hashes(key for key, _ in left_out), share)).tolist():
-        key, why = left_out[number]
+    unusable = [*index.incomplete, *((key, "key comes twice") for key in index.duplicates)]
+    for number in np.flatnonzero(held_out(key_hashes(key for key, _ in unusable), share)).tolist():
+        key, why = unusable[number]
         lose(f"{label}#{key}", why)
     for number in np.flatnonzero(held_out(index.hashes, share)).tolist():
         entry = index.sample(number)
@@ -127,4 +127,4 @@ def _entries(
 
 
 def _log(name: str, reason: str) -> None:
-    logger.warning("sample %s was left out: %s", name, reason)
+    logger.warning("sample %s is lost: %s", name, reason)

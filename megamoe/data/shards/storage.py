@@ -1,7 +1,7 @@
-"""Bytes of a member, by shard and offset, from files that stay open.
+"""Read members by shard and offset, from files that stay open.
 
-A shard is named by a local path or by anything that :mod:`..remote.download` can fetch; those are read from the node's
-cache, which all processes of a node share.
+A shard is named by a local path or by anything that :mod:`..remote.download` can fetch. Fetched shards are read from the
+cache that all processes of a node share.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from megamoe.data.shards.expand import is_remote
 from megamoe.data.shards.index import Extent, ShardState
 from megamoe.data.shards.tar import BLOCK
 
-MOST_FILES = 1 << 16  # that a process is given where the system sets no limit
-_GAP = 1 << 16  # bytes between members that are read in vain rather than asking twice
+MOST_FILES = 1 << 16  # open files of a process if the system sets no limit
+_GAP = 1 << 16  # bytes between members that are read in vain to save a second read
 
 
 @dataclass
 class _OpenShard:
     descriptor: int
     state: ShardState
-    cached_since: float | None = None  # when it came, if somebody had put it into the cache before it was opened
+    cached_since: float | None = None  # when the cached copy was fetched, if that was before this reader opened it
 
 
 class Storage:
-    """Reads members of shards. One per process.
+    """Read members of shards. Use one per process.
 
     Attributes:
-        limit: shards that are open at a time; those used longest ago are closed first.
-        counters: what was done so far: ``downloads`` and ``cache_hits`` of shards that are not local files, ``retries``
-            and bytes ``received`` for them. The caller may take and clear them.
+        limit: maximum number of open shards; the least recently used is closed first.
+        counters: what was done so far: ``downloads`` and ``cache_hits`` of shards that are not local files, and the
+            ``retries`` and bytes ``received`` for them. The caller may take and clear them.
     """
 
     def __init__(self, cache: ShardCache | None = None, limit: int = 128) -> None:
@@ -48,14 +48,14 @@ class Storage:
         self.counters: Counter[str] = Counter()
 
     def read(self, shard: str, extents: Sequence[Extent]) -> list[memoryview]:
-        """The contents of members of ``shard``, read-only.
+        """Return the contents of members of ``shard``, read-only.
 
-        Members that lie close together, as those of a sample do, are read at once. The tar header in front of each must
-        be the one that was indexed: a shard that was replaced since gives an error, not the bytes of another sample.
+        Members that lie close together, as those of a sample do, take one read. The tar header in front of each must be
+        the one that was indexed, so a shard that was replaced gives an error, not the bytes of another sample.
 
         Raises:
             ShardUnavailable: the shard cannot be opened or read.
-            DataError: it ends too early, or is not what was indexed.
+            DataError: it ends too early, or is not the one that was indexed.
         """
         first, last, total = extents[0].offset, 0, 0
         for offset, size, _ in extents:
@@ -70,7 +70,7 @@ class Storage:
         for offset, size, header in extents:
             at = offset - first
             if zlib.crc32(data[at - BLOCK : at]) != header:
-                remedy = "start again to fetch it anew" if is_remote(shard) else f"run `megamoe data index {shard}`"
+                remedy = "start again to fetch it again" if is_remote(shard) else f"run `megamoe data index {shard}`"
                 raise DataError(f"shard {masked(shard)}: changed at byte {offset} since it was indexed; {remedy}")
             contents.append(data[at : at + size])
         return contents
@@ -91,22 +91,24 @@ class Storage:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def state(self, shard: str) -> ShardState:
-        """Where ``shard`` lies on this machine, fetched if need be, and what tells it from an earlier one of its name.
+        """Return where ``shard`` lies on this machine, and what distinguishes it from an earlier one of its name.
+
+        A remote shard is fetched if necessary.
 
         Raises:
-            ShardUnavailable: it cannot be had.
+            ShardUnavailable: the shard is not available.
         """
         return self._opened(shard).state
 
     def forget(self, shard: str) -> None:
-        """Drop what the cache has of ``shard``: its bytes are no good, and the next one who asks should not get them."""
+        """Remove ``shard`` from the cache: its bytes are bad, and the next reader must not get them."""
         if is_remote(shard) and self._cache is not None:
             self._cache.forget(shard)
         if shard in self._open:
             os.close(self._open.pop(shard).descriptor)
 
     def renew(self, shard: str) -> bool:
-        """Drop what the cache has of ``shard`` unless it was fetched for this reader; whether there was such a copy."""
+        """Remove ``shard`` from the cache if its copy is older than this reader; return whether there was such a copy."""
         since = self._open[shard].cached_since if shard in self._open else None
         if since is None or self._cache is None:
             return False
@@ -131,7 +133,7 @@ class Storage:
     def _open_shard(self, shard: str) -> _OpenShard:
         if is_remote(shard):
             if self._cache is None:
-                raise DataError(f"shard {masked(shard)}: is not a local file, and no cache was given to keep it in")
+                raise DataError(f"shard {masked(shard)}: is not a local file, and there is no cache to keep it in")
             file, fetched = self._cache.open(shard)
             with file:
                 descriptor = os.dup(file.fileno())

@@ -1,6 +1,6 @@
-"""Where the members of a tar lie. Reads headers only, checks every one, and never takes a cut file for a whole one.
+"""Locate the members of a tar: read its headers only, check each one, and detect a truncated file.
 
-Python's ``tarfile`` (and so ``webdataset``) ends quietly where a tar was cut between members; here that is an error.
+Python's ``tarfile``, and so ``webdataset``, silently stops where a tar was cut between members; here that is an error.
 Formats: v7, ustar, GNU long names, pax (POSIX.1-2001), as ``tar``, Python and ``webdataset`` write them.
 """
 
@@ -19,13 +19,13 @@ _ZEROS = bytes(BLOCK)
 _NO_RECORDS: dict[str, str] = {}
 _BUFFER = 1 << 20
 _MAX_EXTENDED = 1 << 20  # a long name or pax record of more than this is damage, not a name
-_HAS_NO_DATA = frozenset(b"123456")  # links, devices, folders, fifos: their size field does not count
+_HAS_NO_DATA = frozenset(b"123456")  # links, devices, folders, fifos: their size field is meaningless
 
 
 class Member(NamedTuple):
     """A regular file in a tar: its name, the offset of its first byte in the tar, its size in bytes.
 
-    ``header`` is the CRC-32 of the 512 bytes in front of it, which tells whether they are still the same.
+    ``header`` is the CRC-32 of the 512 bytes in front of it; a later reader can check that they are unchanged.
     """
 
     name: str
@@ -38,7 +38,7 @@ def walk(shard: str | Path, file: BinaryIO, length: int) -> Iterator[Member]:
     """Yield the regular files of the tar open as ``file`` (``length`` bytes; ``shard`` names it in errors), in order.
 
     Raises:
-        DataError: not a tar, a damaged header, a cut, data after the end, or a sparse file.
+        DataError: not a tar, a damaged header, a truncated file, data after the end, or a sparse file.
     """
     path, at = str(shard), 0
     inherited: dict[str, str] = {}  # pax records for all members that follow
@@ -81,7 +81,7 @@ def walk(shard: str | Path, file: BinaryIO, length: int) -> Iterator[Member]:
 
 
 def checksum_is_right(header: bytes) -> bool:
-    """Whether the checksum of a 512-byte header fits its bytes (summed unsigned, or signed as some old tars do)."""
+    """Return whether a 512-byte header matches its checksum (summed unsigned, or signed as in some old tars)."""
     try:
         recorded = _number(header[148:156])
     except ValueError:
@@ -92,20 +92,20 @@ def checksum_is_right(header: bytes) -> bool:
 
 
 def header_size(header: bytes) -> int:
-    """The size field of a member's own header, in bytes.
+    """Return the size field of a member's own header, in bytes.
 
     Raises:
-        ValueError: it is not a number.
+        ValueError: the field is not a number.
     """
     return _number(header[124:136])
 
 
 def _byte_sum(data: bytes) -> int:
-    """The sum of at most 512 bytes."""
+    """Return the sum of at most 512 bytes."""
     if data.count(0) < BLOCK // 2:
         return sum(data)
-    # The low half of Adler-32 is 1 + the sum modulo 65521. Of a header that is half zeros, as most are, the sum is less
-    # than that: 256 * 255 at most. It is ten times as fast.
+    # The low half of Adler-32 is 1 + the sum modulo 65521. If half of a header is zeros, as in most, the sum is at most
+    # 256 * 255 and so below the modulus. This is ten times as fast.
     return (zlib.adler32(data) & 0xFFFF) - 1
 
 
@@ -118,7 +118,7 @@ def _read(file: BinaryIO, path: str, at: int, size: int, length: int) -> bytes:
 
 
 def _check_end(file: BinaryIO, path: str, at: int, length: int) -> None:
-    """The first zero block was read: a second must follow, and then nothing but padding."""
+    """Check that a second zero block follows the first one, and then nothing but padding."""
     if _read(file, path, at, BLOCK, length) != _ZEROS:
         raise DataError(f"shard {path}: damaged at byte {at} (one zero block instead of two); write it again")
     at += BLOCK
@@ -139,7 +139,7 @@ def _bad_header(path: str, at: int, header: bytes) -> str:
     if at:
         return f"shard {path}: damaged header at byte {at} (wrong checksum); copy or write it again"
     if header[:2] == b"\x1f\x8b" or header[:4] in (b"\x28\xb5\x2f\xfd", b"\xfd7zX") or header[:3] == b"BZh":
-        return f"shard {path}: a compressed tar cannot be read at random; decompress it"
+        return f"shard {path}: a compressed tar does not allow random access; decompress it"
     return f"shard {path}: not a tar file; check the path"
 
 
@@ -176,7 +176,7 @@ def _text(field: bytes) -> str:
 
 
 def _pax(payload: bytes, path: str, at: int) -> dict[str, str]:
-    """Records of the form ``LENGTH KEY=VALUE\\n``, where LENGTH counts the whole record."""
+    """Parse records of the form ``LENGTH KEY=VALUE\\n``, where LENGTH counts the whole record."""
     records: dict[str, str] = {}
     start = 0
     while start < len(payload) and payload[start]:
@@ -196,10 +196,10 @@ def _padded(size: int) -> int:
 
 
 def open_for_walk(path: Path) -> tuple[BinaryIO, os.stat_result]:
-    """Open a tar for :func:`walk` with a buffer that makes small members one read; also its state when opened.
+    """Open a tar for :func:`walk`, buffered so that small members take one read. Also return its state when opened.
 
     Raises:
-        DataError: it cannot be opened.
+        DataError: the file cannot be opened.
     """
     try:
         file = open(path, "rb", buffering=_BUFFER)  # noqa: SIM115 (the caller closes it)

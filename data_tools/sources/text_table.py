@@ -1,4 +1,4 @@
-"""CSV, TSV, JSONL and lists of URLs: one pass finds where each shard's rows begin, so that a shard reads its own only."""
+"""Read CSV, TSV, JSONL and lists of URLs: one pass finds where each shard's rows begin, and a shard reads only those."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from data_tools.sources.columns import Columns, row_item
 from data_tools.sources.item import FAILED_TO_DOWNLOAD, Item, Loss
 from megamoe.core.errors import DataError
 
-_MAX_LINE = 16 << 20  # bytes; what is longer is no table of this kind
+_MAX_LINE = 16 << 20  # bytes; a file with a longer line is no such table
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})([.]\d+)?([eE][+-]?\d{1,3})?")
 _BOM = b"\xef\xbb\xbf"
-_PEEK = 100  # JSONL rows whose keys are taken for the columns
+_PEEK = 100  # JSONL rows whose keys become the columns
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 Row = list[str] | str  # the fields of a CSV row; the line of a JSONL or txt file
 
 
 @dataclass(frozen=True)
-class LinesChunk:
-    """``samples`` rows of a text table from byte ``offset`` on; ``first`` is the number of the first, from 1."""
+class TextTableChunk:
+    """``samples`` rows of a text table from byte ``offset`` on; ``first`` is the number of the first row, from 1."""
 
     path: Path
     kind: str
@@ -49,10 +49,10 @@ class LinesChunk:
 
 
 def read_header(path: Path, kind: str) -> tuple[str, ...]:
-    """The names of the columns: the first row of CSV and TSV, the keys of the first 100 rows of JSONL, ``url`` of a list.
+    """Read the column names: the first row of CSV and TSV, the keys of the first 100 rows of JSONL, ``url`` for a list.
 
     Raises:
-        DataError: the table is empty, or its names come twice.
+        DataError: the table is empty, or a name repeats.
     """
     if kind == "txt":
         return ("url",)
@@ -66,16 +66,16 @@ def read_header(path: Path, kind: str) -> tuple[str, ...]:
         header = tuple(str(name).strip() for name in next(rows, []))
     twice = sorted({name for name in header if header.count(name) > 1})
     if not header or twice:
-        why = f"column {twice[0]!r} comes twice" if twice else "the table is empty"
+        why = f"column {twice[0]!r} repeats" if twice else "the table is empty"
         raise DataError(f"{path}: {why}; its first row must name the columns")
     return header
 
 
-def cut(path: Path, kind: str, header: tuple[str, ...], columns: Columns, shard_size: int) -> Iterator[LinesChunk]:
-    """Go through the table once and say where each shard's rows begin.
+def cut(path: Path, kind: str, header: tuple[str, ...], columns: Columns, shard_size: int) -> Iterator[TextTableChunk]:
+    """Read the table once and yield a chunk per shard, with the place where its rows begin.
 
     Raises:
-        DataError: it is no such table.
+        DataError: it is not such a table.
     """
     with open(path, "rb") as file:
         lines = _Lines(path, file, 0)
@@ -85,14 +85,14 @@ def cut(path: Path, kind: str, header: tuple[str, ...], columns: Columns, shard_
         start, first, number = lines.at, 1, 0
         for number, _ in enumerate(rows, 1):
             if number - first + 1 == shard_size:
-                yield LinesChunk(path, kind, header, columns, start, first, shard_size)
+                yield TextTableChunk(path, kind, header, columns, start, first, shard_size)
                 start, first = lines.at, number + 1
         if number >= first:
-            yield LinesChunk(path, kind, header, columns, start, first, number - first + 1)
+            yield TextTableChunk(path, kind, header, columns, start, first, number - first + 1)
 
 
 class _Lines:
-    """Lines as text; ``at`` is the offset of the byte after the last one."""
+    """Iterate over lines of text; ``at`` is the offset after the last line read."""
 
     def __init__(self, path: Path, file: Any, at: int) -> None:
         self._path, self._file, self.at = path, file, at
@@ -103,7 +103,7 @@ class _Lines:
                 raise DataError(f"{self._path}: a line of more than {_MAX_LINE} bytes at byte {self.at}; is it a table?")
             content = line if self.at else line.removeprefix(_BOM)
             self.at += len(line)
-            yield content.decode("utf-8", "surrogateescape")  # found again, and refused, where the row is used
+            yield content.decode("utf-8", "surrogateescape")  # such a row is refused where it is used
 
 
 def _rows(path: Path, lines: _Lines, kind: str) -> Iterator[Row]:
@@ -111,7 +111,7 @@ def _rows(path: Path, lines: _Lines, kind: str) -> Iterator[Row]:
         yield from (line.strip() for line in lines if line.strip())
         return
     csv.field_size_limit(_MAX_LINE)
-    # strict: else a quote that is never closed swallows all rows after it, and they would be gone without a word
+    # Strict, because an unclosed quote would otherwise swallow all following rows silently.
     reader = csv.reader(iter(lines), delimiter=_DELIMITERS[kind], strict=True)
     try:
         yield from (row for row in reader if row)
@@ -121,7 +121,7 @@ def _rows(path: Path, lines: _Lines, kind: str) -> Iterator[Row]:
         ) from error
 
 
-def _parse(row: Row, chunk: LinesChunk) -> dict[str, Any]:
+def _parse(row: Row, chunk: TextTableChunk) -> dict[str, Any]:
     if chunk.kind == "txt":
         return {"url": _utf8(str(row))}
     if isinstance(row, str):
@@ -138,7 +138,7 @@ def _parse(row: Row, chunk: LinesChunk) -> dict[str, Any]:
 
 
 def _value(text: str) -> str | int | float | None:
-    """A field that is not a caption, path or URL: a number if JSON would write it so, nothing if it is empty."""
+    """Convert a field that is not a caption, path or URL: to a number if it is a JSON number, to None if empty."""
     if match := _NUMBER.fullmatch(text):
         return float(text) if match.group(2) or match.group(3) else int(text)
     return text or None

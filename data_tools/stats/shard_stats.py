@@ -1,7 +1,7 @@
-"""`megamoe data stats`: what is in shards, in one pass and bounded memory; of pictures only the headers are looked at.
+"""Count what is in shards for `megamoe data stats`, in one pass and bounded memory. Pictures are not decoded.
 
-Figures are of the samples that the trainer would take: a picture and a caption under one key, the first of that key.
-The others are counted by what they lack.
+The figures cover the samples that training would use: a picture and a caption under one key, the first with that key.
+The other samples are lost; they are counted by what they lack.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from megamoe.data.shards.index import IMAGE_EXTENSIONS, groups
 from megamoe.data.shards.labels import shard_labels
 from megamoe.data.shards.tar import Member, open_for_walk, walk
 
-MAX_COLUMNS = 64  # json keys with numbers; a set with more has data in its keys
-MAX_NAME = 80  # letters of a json key or an extension
-MAX_WORDS = 200_000  # counted at a time; then the rarer half is dropped, and counts of what comes again are too low
-_HEADER = 1 << 16  # bytes of a picture that hold its header, mostly
+MAX_COLUMNS = 64  # json keys with numbers; with more, the keys themselves are data
+MAX_NAME = 80  # characters kept of a json key or an extension
+MAX_WORDS = 200_000  # at most; then the rarer half is pruned, and words that come again are undercounted
+_HEADER = 1 << 16  # bytes that usually hold the header of a picture
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
 _LONGEST_WORD = 40
-_SPARE = 2  # pictures kept for each one wanted: some cannot be decoded
+_SPARE = 2  # pictures kept for each one shown, since some cannot be decoded
 
 
 class Shown(NamedTuple):
-    """A sample for the page. ``draw`` is a hash of its id: the smallest ones are a fair draw, in any order of reading."""
+    """A sample for the page. ``draw`` is a hash of its id: the smallest are a random choice, in any order of reading."""
 
     draw: int
     id: str
@@ -54,28 +54,28 @@ class Shown(NamedTuple):
 
 @dataclass
 class Stats:
-    """Figures of some shards; those of all are the sum of those of each."""
+    """Figures of some shards. The figures of a set are the sum over its shards."""
 
     shards: int = 0
     bytes: int = 0
     samples: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
     damaged: list[str] = field(default_factory=list)  # shards: only what lies before the damage is counted
     formats: Counter[str] = field(default_factory=Counter)
     extensions: Counter[str] = field(default_factory=Counter)
     numbers: dict[str, Sketch] = field(default_factory=dict)
     columns: dict[str, Sketch] = field(default_factory=dict)
     not_finite: Counter[str] = field(default_factory=Counter)
-    columns_left_out: bool = False
+    more_columns: bool = False
     words: Counter[str] = field(default_factory=Counter)
-    words_dropped: bool = False
+    words_are_lower_bounds: bool = False
     shown: list[Shown] = field(default_factory=list)
 
     def merge(self, other: Stats, sample: int) -> None:
-        """Add ``other``; of the samples to show as many stay as ``sample`` needs."""
+        """Add ``other``, and keep as many samples to show as ``sample`` needs."""
         for name in ("shards", "bytes", "samples"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("left_out", "formats", "extensions", "not_finite", "words"):
+        for name in ("lost", "formats", "extensions", "not_finite", "words"):
             getattr(self, name).update(getattr(other, name))
         self.damaged += other.damaged
         for name, sketch in other.numbers.items():
@@ -84,39 +84,39 @@ class Stats:
             if name in self.columns or len(self.columns) < MAX_COLUMNS:
                 self.columns.setdefault(name, Sketch()).merge(sketch)
             else:
-                self.columns_left_out = True
-        self.columns_left_out = self.columns_left_out or other.columns_left_out
-        self.words_dropped = self.words_dropped or other.words_dropped
-        self.drop_rare_words()
+                self.more_columns = True
+        self.more_columns = self.more_columns or other.more_columns
+        self.words_are_lower_bounds = self.words_are_lower_bounds or other.words_are_lower_bounds
+        self.prune_rare_words()
         self.shown = nsmallest(_SPARE * sample, self.shown + other.shown)
 
-    def drop_rare_words(self) -> None:
-        """Keep the words within their bounds."""
+    def prune_rare_words(self) -> None:
+        """Remove the rarer half of the words when there are more than MAX_WORDS."""
         if len(self.words) > MAX_WORDS:
             self.words = Counter(dict(ranked(self.words, MAX_WORDS // 2)))
-            self.words_dropped = True
+            self.words_are_lower_bounds = True
 
     def as_json(self) -> dict[str, Any]:
-        """``stats.json``; the same shards give the same."""
+        """Return the content of ``stats.json``; the same shards give the same."""
         return {
             "shards": self.shards,
             "bytes": self.bytes,
             "samples": self.samples,
-            "left_out": dict(ranked(self.left_out)),
+            "left_out": dict(ranked(self.lost)),
             "damaged_shards": self.damaged,
             "formats": dict(ranked(self.formats)),
             "extensions": dict(ranked(self.extensions)),
             **{name: sketch.as_json() for name, sketch in self.numbers.items()},
             "json": {name: sketch.as_json() for name, sketch in sorted(self.columns.items())},
             "json_not_finite": dict(ranked(self.not_finite)),
-            "json_columns_left_out": self.columns_left_out,
+            "json_columns_left_out": self.more_columns,
             "words": dict(ranked(self.words, 200)),
-            "words_are_lower_bounds": self.words_dropped,
+            "words_are_lower_bounds": self.words_are_lower_bounds,
         }
 
 
 class Job(NamedTuple):
-    """A shard, its name in sample ids, and what to do."""
+    """A shard to count: its path, its name in sample ids, and the options."""
 
     shard: Path
     label: str
@@ -127,19 +127,19 @@ class Job(NamedTuple):
 def collect_stats(
     shards: Sequence[Path], *, tokenizer: Path | None = None, sample: int = 0, processes: int | None = None
 ) -> Stats:
-    """Figures of ``shards``, the same for any number of processes.
+    """Count ``shards``. The result is the same for any number of processes.
 
     Args:
         shards: tars; damaged ones are counted up to the damage and named in the result.
-        tokenizer: a sentencepiece model that counts the tokens of captions.
-        sample: pictures that the page will show.
+        tokenizer: sentencepiece model to count the tokens of captions with.
+        sample: number of pictures that the page will show.
         processes: as for :func:`data_tools.distribute.jobs.map_jobs`.
 
     Raises:
         DataError: the tokenizer cannot be used.
     """
     if tokenizer:
-        _tokenizer(tokenizer)  # said here in one line, rather than by a worker
+        _tokenizer(tokenizer)  # fails here, in one line, and not in a worker
     jobs = [
         Job(shard, label, tokenizer, sample)
         for shard, label in zip(shards, shard_labels([str(shard) for shard in shards]), strict=True)
@@ -151,7 +151,7 @@ def collect_stats(
 
 
 def shard_stats(job: Job) -> Stats:
-    """Figures of one shard."""
+    """Count one shard."""
     stats = Stats(shards=1)
     seen: set[str] = set()
     try:
@@ -161,7 +161,7 @@ def shard_stats(job: Job) -> Stats:
             for key, members in groups(walk(job.shard, file, state.st_size)):
                 _count_names(stats.extensions, members)
                 if key in seen:
-                    stats.left_out[DUPLICATE] += 1
+                    stats.lost[DUPLICATE] += 1
                     continue
                 seen.add(key)
                 _add(stats, job, file, key, members)
@@ -171,15 +171,15 @@ def shard_stats(job: Job) -> Stats:
 
 
 def ranked(counts: Counter[str], most: int | None = None) -> list[tuple[str, int]]:
-    """The most frequent first, equally frequent ones by name."""
+    """Return the counts, the most frequent first and equal ones by name."""
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
 
 
 def picture_size(data: bytes) -> tuple[str, int, int]:
-    """Format, width and height of a picture, from its header.
+    """Return format, width and height of a picture, from its header.
 
     Raises:
-        CorruptSample: no JPEG, PNG or WebP, or its header is damaged.
+        CorruptSample: it is not a JPEG, PNG or WebP, or its header is damaged.
     """
     try:
         if data[:3] == b"\xff\xd8\xff":
@@ -187,7 +187,7 @@ def picture_size(data: bytes) -> tuple[str, int, int]:
             return "JPEG", width, height
         with Image.open(io.BytesIO(data), formats=["PNG", "WEBP"]) as image:
             return str(image.format), *image.size
-    except Exception as error:  # decoders answer bad bytes with errors of every type
+    except Exception as error:  # decoders raise errors of every type for bad bytes
         raise CorruptSample("image: no header of a JPEG, PNG or WebP") from error
 
 
@@ -203,7 +203,7 @@ def _add(stats: Stats, job: Job, file: BinaryIO, key: str, members: dict[str, Me
         cause = PICTURE
         kind, width, height = _size(file, members[image])
     except CorruptSample:
-        stats.left_out[cause] += 1
+        stats.lost[cause] += 1
         return
     stats.samples += 1
     stats.formats[kind] += 1
@@ -220,7 +220,7 @@ def _add(stats: Stats, job: Job, file: BinaryIO, key: str, members: dict[str, Me
         stats.numbers.setdefault(name, Sketch()).add(value)
     _add_columns(stats, record)
     stats.words.update(word.lower()[:_LONGEST_WORD] for word in _WORD.findall(caption))
-    stats.drop_rare_words()
+    stats.prune_rare_words()
     if job.sample:
         name = f"{job.label}#{key}"
         draw = int.from_bytes(blake2b(os.fsencode(name), digest_size=8).digest(), "big")
@@ -239,7 +239,7 @@ def _add_columns(stats: Stats, record: dict[str, Any]) -> None:
             number = math.inf
         name = name[:MAX_NAME]
         if name not in stats.columns and len(stats.columns) >= MAX_COLUMNS:
-            stats.columns_left_out = True
+            stats.more_columns = True
         elif math.isfinite(number):
             stats.columns.setdefault(name, Sketch()).add(number)
         else:
@@ -252,7 +252,7 @@ def _record(file: BinaryIO, members: dict[str, Member]) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(read_member(file, members["json"]).decode("utf-8"))
-    except (ValueError, RecursionError, CorruptSample):  # `validate` names it; the sample itself may be good
+    except (ValueError, RecursionError, CorruptSample):  # `validate` reports it; the sample itself may be good
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -271,7 +271,7 @@ def _size(file: BinaryIO, member: Member) -> tuple[str, int, int]:
     except CorruptSample:
         if len(start) == member.size:
             raise
-    return picture_size(read_member(file, member))  # a colour profile or a preview comes before the size
+    return picture_size(read_member(file, member))  # a colour profile or a preview precedes the size
 
 
 def _count_names(counts: Counter[str], members: dict[str, Member]) -> None:

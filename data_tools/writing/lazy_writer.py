@@ -1,4 +1,4 @@
-"""A shard that comes into being with its first sample."""
+"""Write a shard that is created with its first sample."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from data_tools.writing.account import Account
 from data_tools.writing.records import Record, ShardWriter
 
 
-class LateWriter:
-    """A :class:`ShardWriter` that makes no file if nothing is written: an empty tar is an error to readers of shards.
+class LazyWriter:
+    """Write a shard like :class:`ShardWriter`, but without samples create no file, since readers refuse an empty tar.
 
-    ``path`` may be None: then samples are only counted, as a dry run does.
+    If ``path`` is None, samples are only counted, for a dry run.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -22,7 +22,7 @@ class LateWriter:
         self._writer: ShardWriter | None = None
         self._stack = ExitStack()
 
-    def __enter__(self) -> LateWriter:
+    def __enter__(self) -> LazyWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -38,7 +38,7 @@ class LateWriter:
         self._writer.write(record)
 
     def count(self, account: Account, name: str) -> None:
-        """Enter the shard, which must be closed, into ``account`` under ``name``."""
+        """Add the shard, which must be closed, to ``account`` under ``name``."""
         account.kept += self.samples
         if self.samples:
             account.shards[name] = 0 if self.path is None else self.path.stat().st_size

@@ -1,4 +1,4 @@
-"""From a path to the source that it is."""
+"""Detect what kind of source a path is, and open it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from data_tools.sources.columns import Columns, Names, choose_columns
 from data_tools.sources.folder import open_folder
 from data_tools.sources.item import FORMATS, Chunk, Source
-from data_tools.sources.lines import cut, read_header
 from data_tools.sources.parquet import cut_parquet, parquet_header
+from data_tools.sources.text_table import cut, read_header
 from megamoe.core.errors import DataError
 from megamoe.data.shards.index import IMAGE_EXTENSIONS
 
@@ -18,20 +18,20 @@ _SUFFIXES = {"csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl", "p
 
 
 def open_source(path: Path, shard_size: int, names: Names, input_format: str | None = None) -> Source:
-    """Say what ``path`` is and cut it into shards of ``shard_size``; the last one of each file may be smaller.
+    """Detect the format of ``path`` and cut it into shards of ``shard_size``; the last one of each file may be smaller.
 
     Args:
-        path: a folder of pictures, a table, a list of URLs, or a folder of tables of one kind, taken in order of names.
+        path: a folder of pictures, a table, a list of URLs, or a folder of tables of one format, read in order of names.
         shard_size: samples per shard.
-        names: of a table's columns.
-        input_format: one of ``FORMATS``; None: told by what it is.
+        names: names of a table's columns.
+        input_format: one of ``FORMATS``; None: detected.
 
     Raises:
-        DataError: it is nothing of the kind, is made of shards already, holds no sample, or lacks a column.
+        DataError: it is no such source, consists of shards already, has no sample, or lacks a column.
     """
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; check the path")
-    kind, tables = _recognise(path, input_format)
+    kind, tables = _detect(path, input_format)
     if kind == "folder":
         source = open_folder(path, shard_size, captions=names.captions)
     else:
@@ -40,27 +40,27 @@ def open_source(path: Path, shard_size: int, names: Names, input_format: str | N
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); check its rights") from error
     if not source.chunks:
-        raise DataError(f"{path}: holds no sample; check what it is ({kind})")
+        raise DataError(f"{path}: holds no sample; check its format ({kind})")
     return source
 
 
-def _recognise(path: Path, input_format: str | None) -> tuple[str, list[Path]]:
+def _detect(path: Path, input_format: str | None) -> tuple[str, list[Path]]:
     if path.is_dir():
-        return _recognise_folder(path, input_format)
+        return _detect_folder(path, input_format)
     if input_format == "folder":
         raise DataError(f"{path}: --input-format folder, but it is a file; name the folder")
     kind = input_format or _kind(path)
     if path.suffix == ".tar":
-        raise DataError(f"{path}: a shard already; there is nothing to build, run `megamoe data validate {path}`")
+        raise DataError(f"{path}: a shard already, so there is nothing to build; run `megamoe data validate {path}`")
     if kind is None:
         raise DataError(
-            f"{path}: what it is cannot be told from its name; give --input-format {'|'.join(FORMATS[1:])}, "
+            f"{path}: its format cannot be detected from its name; give --input-format {'|'.join(FORMATS[1:])}, "
             "and decompress it if it is compressed"
         )
     return kind, [path]
 
 
-def _recognise_folder(path: Path, input_format: str | None) -> tuple[str, list[Path]]:
+def _detect_folder(path: Path, input_format: str | None) -> tuple[str, list[Path]]:
     files = sorted(each for each in path.iterdir() if each.is_file() and not each.name.startswith("."))
     if input_format not in (None, "folder"):
         tables = [each for each in files if _kind(each) == input_format]

@@ -1,4 +1,4 @@
-"""RUN/report.html: what a run did, on one page, from the files of the run alone."""
+"""Make RUN/report.html, which shows on one page what a run did, from the files of the run alone."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from megamoe.config import Config, load_config
 from megamoe.core.errors import UserError
@@ -22,25 +19,14 @@ from megamoe.metrics.step_record import StepRecord
 from megamoe.model.size import model_size
 from megamoe.parallel.layout import plan_layout
 from megamoe.report.figures import Array, curves, expert_heat_map
+from megamoe.report.html_page import Chart, Fact, render_page
 
-LAST = 50  # records over which the load and the figures of the end are averaged
-
-Fact = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A figure, its name, and what to look for in it."""
-
-    title: str
-    hint: str
-    svg: Markup
-    wide: bool = False
+LAST = 50  # number of last records over which the load and the final figures are averaged
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out picture; the generated caption as (word, whether it differs from the true one)."""
+    """A held-out picture with its true caption; the generated one is a list of (word, differs from the true one)."""
 
     id: str
     image: str
@@ -59,22 +45,22 @@ class Split:
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.html from metrics.jsonl and, where they are there, config.yaml, eval.json and eval/*.jsonl.
+    """Write RUN/report.html from metrics.jsonl and, if they exist, config.yaml, eval.json and eval/*.jsonl.
 
     Returns:
-        Path of the page. It is self-contained: no script, no font, no picture from elsewhere.
+        Path of the page. It is self-contained: it loads no script, font or picture.
 
     Raises:
-        UserError: RUN has no metrics.jsonl or no step in it, or a file of the evaluation is damaged.
+        UserError: RUN has no metrics.jsonl, it has no step, or a file of the evaluation is damaged.
     """
     records = read_metrics(run)
     if not records:
         raise UserError(f"{run / METRICS_FILE}: has no step yet; report on the run after its first step")
     config, problem = _config(run)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("megamoe.report").joinpath("template.html").read_text(encoding="utf-8"))
     splits = _splits(run)
-    html = template.render(
+    html = render_page(
+        "megamoe.report",
+        "run.html",
         name=config.run.name if config else run.resolve().name,
         tiles=_tiles(records, splits, config),
         facts=_facts(records, config),
@@ -97,7 +83,7 @@ def _config(run: Path) -> tuple[Config | None, str]:
         return None, ""
     try:
         return load_config(path), ""
-    except UserError as error:  # written by another version; the curves can be shown all the same
+    except UserError as error:  # written by another version; the curves can still be shown
         return None, str(error)
 
 
@@ -126,7 +112,7 @@ def _facts(records: Sequence[StepRecord], config: Config | None) -> list[Fact]:
     if config and worlds:
         try:
             facts.insert(0, ("layout", plan_layout(config, world_size=worlds[-1]).describe()))
-        except UserError as error:  # the file says another layout than the run had
+        except UserError as error:  # config.yaml has another layout than the run had
             facts.insert(0, ("layout", str(error)))
     return facts
 

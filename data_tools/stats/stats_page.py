@@ -1,4 +1,4 @@
-"""The figures of shards as one HTML page that needs nothing but itself, in the style of the page of a run."""
+"""Show the statistics of shards as one self-contained HTML page, in the style of the page of a run."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import base64
 import io
 import json
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image, ImageOps
 
 from data_tools.checks.contents import MAX_MEMBER
-from data_tools.stats.collect import Shown, Stats, picture_size, ranked
+from data_tools.stats.shard_stats import Shown, Stats, picture_size, ranked
 from data_tools.stats.sketch import Sketch
 from megamoe.core.errors import DataError
 from megamoe.core.files import atomic_file
@@ -25,43 +23,35 @@ from megamoe.data.sample.decode import MAX_PIXELS, CorruptSample
 from megamoe.data.shards.index import Extent
 from megamoe.data.shards.storage import Storage
 from megamoe.report.figures import GRID, SERIES, as_svg, house_style, new_figure
+from megamoe.report.html_page import Chart, render_page
 
 WORDS = 30
-_SIDE = 320  # pixels: sharp on screens that have two for each
+_SIDE = 320  # pixels: twice the size shown, so that pictures are sharp on high-density screens
 _NUMBERS = {
-    "width": ("Width", "Pixels, as the header says."),
-    "height": ("Height", "Pixels, as the header says."),
+    "width": ("Width", "In pixels, from the header of the picture."),
+    "height": ("Height", "In pixels, from the header of the picture."),
     "aspect": ("Aspect", "Width over height; pictures are resized to a square."),
-    "image_bytes": ("Bytes per picture", "The file as it lies in the shard."),
-    "caption_characters": ("Characters per caption", "White space around it is not counted."),
-    "caption_tokens": ("Tokens per caption", "By the given vocabulary, no end of sequence."),
+    "image_bytes": ("Bytes per picture", "Size of the file in the shard."),
+    "caption_characters": ("Characters per caption", "Surrounding white space is not counted."),
+    "caption_tokens": ("Tokens per caption", "With the given vocabulary, without end of sequence."),
 }
 _COLUMNS = {
     "similarity": "CLIP similarity of picture and caption.",
     "punsafe": "Probability that the picture is unsafe.",
     "pwatermark": "Probability of a watermark.",
     "aesthetic": "Predicted aesthetic score.",
-    "original_width": "Pixels before the picture was resized.",
-    "original_height": "Pixels before the picture was resized.",
+    "original_width": "In pixels, before the picture was resized.",
+    "original_height": "In pixels, before the picture was resized.",
 }
-# English words that carry grammar: they would be the whole chart
+# English function words, which would fill the whole chart
 _COMMON = """
 a an and are as at be been but by for from has have he her his i in is it its my not of on or our she so that the their
 them they this to up was we were what when which who will with you your s t
 """
 
 
-class Chart(NamedTuple):
-    """A histogram with its name, a hint and the quantiles under it."""
-
-    title: str
-    hint: str
-    svg: Markup
-    quantiles: list[tuple[str, str]]
-
-
 class Picture(NamedTuple):
-    """A sample as it is shown: data of a WebP, true size."""
+    """A sample on the page: its WebP in base64 and the size of the original picture."""
 
     id: str
     caption: str
@@ -83,34 +73,27 @@ def write_stats(stats: Stats, out: Path, name: str, sample: int) -> list[Path]:
 
 
 def render(stats: Stats, name: str, sample: int) -> str:
-    """The page as text."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("data_tools.stats").joinpath("stats.html").read_text(encoding="utf-8"))
+    """Render the page."""
     common = set(_COMMON.split())
     words = [(word, count) for word, count in ranked(stats.words) if word not in common][:WORDS]
-    return template.render(
-        style=_style_of_reports(),
+    return render_page(
+        "data_tools.stats",
+        "stats.html",
         name=name,
         tiles=_tiles(stats),
         facts=_facts(stats),
         damaged=stats.damaged,
         numbers=[_chart(*_NUMBERS[key], stats.numbers[key]) for key in _NUMBERS if _has(stats.numbers, key)],
         columns=[_chart(key, _column_hint(stats, key), stats.columns[key]) for key in _ordered(stats.columns)],
-        columns_left_out=stats.columns_left_out,
+        more_columns=stats.more_columns,
         words=[(word, f"{count:,}", 100 * count / words[0][1]) for word, count in words],
-        lower_bounds=stats.words_dropped,
+        lower_bounds=stats.words_are_lower_bounds,
         pictures=_pictures(stats.shown, sample),
     )
 
 
-def _style_of_reports() -> Markup:
-    """The style sheet of a run's page: one look, written down once."""
-    page = files("megamoe.report").joinpath("template.html").read_text(encoding="utf-8")
-    return Markup(page.split("<style>", 1)[1].split("</style>", 1)[0])
-
-
 def _ordered(columns: dict[str, Sketch]) -> list[str]:
-    """Those that say what a sample is worth first, then by name."""
+    """Order the columns: those that rate a sample first, then the others by name."""
     known = [key for key in _COLUMNS if _has(columns, key)]
     return known + sorted(key for key in columns if key not in known and _has(columns, key))
 
@@ -134,8 +117,8 @@ def _tiles(stats: Stats) -> list[tuple[str, str]]:
 def _facts(stats: Stats) -> list[tuple[str, str]]:
     formats = [f"{kind} {count / stats.samples:.1%}" for kind, count in ranked(stats.formats)]
     extensions = [f"{ext} {count:,}" for ext, count in ranked(stats.extensions, 8)]
-    left_out = [f"{count:,} {cause}" for cause, count in ranked(stats.left_out)]
-    facts = [("formats", formats), ("members", extensions), ("samples left out", left_out or ["none"])]
+    lost = [f"{count:,} {cause}" for cause, count in ranked(stats.lost)]
+    facts = [("formats", formats), ("members", extensions), ("samples lost", lost or ["none"])]
     return [(label, ", ".join(values)) for label, values in facts if values]
 
 
@@ -147,17 +130,18 @@ def _column_hint(stats: Stats, key: str) -> str:
 
 
 def _chart(title: str, hint: str, sketch: Sketch) -> Chart:
-    quantiles = [("min", sketch.least), *((f"{share:.0%}", sketch.quantile(share)) for share in (0.05, 0.5, 0.95))]
-    shown = [*quantiles, ("max", sketch.most), ("mean", sketch.mean)]
+    inner = ((f"{share:.0%}", sketch.quantile(share)) for share in (0.05, 0.5, 0.95))
+    shown = [("min", sketch.least), *inner, ("max", sketch.most), ("mean", sketch.mean)]
     skewed = sketch.is_skewed()
     hint = f"{hint} Logarithmic." if skewed else hint
-    return Chart(title, hint, _histogram(sketch, skewed), [(label, _number(value)) for label, value in shown])
+    quantiles = [(label, _number(value)) for label, value in shown]
+    return Chart(title, hint, _histogram(sketch, skewed), quantiles=quantiles)
 
 
 def _histogram(sketch: Sketch, skewed: bool) -> Markup:
     edges, counts = sketch.histogram()
     few = len(counts) <= 16 and sketch.whole
-    if edges[0] == edges[-1]:  # all equal: a bar in the middle of the axis
+    if edges[0] == edges[-1]:  # all values equal: a bar in the middle of the axis
         edges, few = edges + np.array([-0.5, 0.5]), True
     figure, canvas = new_figure(height=1.9)
     with house_style():
@@ -196,7 +180,7 @@ def _pictures(shown: Sequence[Shown], sample: int) -> list[Picture]:
         try:
             if member.size <= MAX_MEMBER:
                 pictures.append(_picture(name, caption, bytes(storage.read(str(shard), [Extent(*member[1:])])[0])))
-        except (CorruptSample, DataError):  # there are spare ones; `validate` names the damaged ones
+        except (CorruptSample, DataError):  # spare pictures take its place; `validate` names the damaged ones
             continue
     storage.close()
     return pictures
@@ -210,7 +194,7 @@ def _picture(name: str, caption: str, data: bytes) -> Picture:
         with Image.open(io.BytesIO(data), formats=[kind]) as image:
             image.draft("RGB", (_SIDE, _SIDE))
             small = ImageOps.exif_transpose(image).convert("RGBA")
-    except Exception as error:  # decoders answer bad bytes with errors of every type
+    except Exception as error:  # decoders raise errors of every type for bad bytes
         raise CorruptSample("image: damaged") from error
     small.thumbnail((_SIDE, _SIDE))
     canvas = Image.new("RGBA", small.size, "white")
@@ -234,5 +218,5 @@ def _bytes(count: float) -> str:
 
 
 def summary(stats: Stats) -> dict[str, Any]:
-    """The tiles and facts of the page, for the terminal."""
+    """Return the tiles and facts of the page, for the terminal."""
     return dict(_tiles(stats) + _facts(stats))
