@@ -88,7 +88,7 @@ def _checked(names: Sequence[str], shares: Sequence[str]) -> list[Fraction]:
     if len(set(names)) < len(names):
         raise UserError(f"--names {','.join(names)}: a name repeats; give each part its own")
     if len(names) != len(shares):
-        raise UserError(f"--shares {','.join(shares)}: {len(shares)} shares for {len(names)} names; give one for each")
+        raise UserError(f"--shares {','.join(shares)}: {len(shares)} for {len(names)} names; give one share per name")
     try:
         exact = [Fraction(share) for share in shares]
     except (ValueError, ZeroDivisionError) as error:

@@ -72,8 +72,8 @@ def test_nothing_and_everything_can_be_held_out() -> None:
     ("names", "shares", "message"),
     [
         ("train,train", "0.5,0.5", "a name repeats"),
-        ("train,../x", "0.5,0.5", "names a folder"),
-        ("..,x", "0.5,0.5", "names a folder"),
+        ("train,../x", "0.5,0.5", "a name becomes a folder"),
+        ("..,x", "0.5,0.5", "a name becomes a folder"),
         ("train,validation", "0.5", "1 for 2 names"),
         ("train,validation", "0.9,0.2", "their sum is 1.1"),
         ("train,validation", "1,0", "each must be above 0"),

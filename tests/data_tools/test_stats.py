@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import megamoe.report.figures
-from data_tools.stats import collect as stats_module
+from data_tools.stats import shard_stats as stats_module
 from data_tools.stats.sketch import Sketch
 from megamoe.commands.data.group import data
 from megamoe.core.errors import DataError
