@@ -20,8 +20,8 @@ from launcher.elastic.cluster import Cluster, Wishes
 from launcher.elastic.control_server import Hub
 from launcher.elastic.events import History
 from launcher.elastic.layouts import team_sizes
+from launcher.elastic.outlook import Report
 from launcher.elastic.starts import how_it_begins, in_vain, process_start
-from launcher.elastic.state_file import Report
 from launcher.elastic.supervisor import Request, Supervisor
 from launcher.health.node import room_problem
 from launcher.workers.output import Terminal

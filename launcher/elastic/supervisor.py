@@ -16,13 +16,11 @@ from launcher.elastic.decide import decide, stopped_between
 from launcher.elastic.events import FirstStep, History
 from launcher.elastic.layouts import choose_layout, layout_overrides, ranks_per_node
 from launcher.elastic.node_choice import Losses
+from launcher.elastic.outlook import Outlook, Report
 from launcher.elastic.remote_ranks import Team
-from launcher.elastic.state_file import Report
 from launcher.elastic.steps import (
     Action,
     AttemptEnded,
-    Came,
-    Candidate,
     Close,
     Decision,
     Event,
@@ -43,7 +41,6 @@ from launcher.elastic.steps import (
     Working,
 )
 from launcher.health.examination import examine
-from launcher.health.node import clock_problem
 from launcher.workers.ending import PEER_GRACE, explain, last_words, new_attempt, resume_after
 from launcher.workers.output import Terminal
 from launcher.workers.rank_group import POLL
@@ -109,12 +106,12 @@ class Supervisor:
         caught: StopSignals,
     ) -> None:
         self._request, self._resume, self._hub, self._report = request, resume, hub, report
-        self._history, self._wishes, self._terminal, self._caught = history, wishes, terminal, caught
+        self._history, self._terminal, self._caught = history, terminal, caught
         self._settings, self._limits = request.settings, request.settings.launch
         self._run_dir = request.settings.run.folder
         # Read from the clock of the file system, since it is compared with the times of checkpoints.
         self._launched = RunFolder(self._run_dir).launch.supervisor.stat().st_mtime
-        self._at_work: list[Node] = []
+        self._outlook = Outlook(hub, report, history, wishes, terminal, self._limits)
         self._measured: set[Node] = set()
 
     def run(self, expected: int, kind: str, since: float) -> Finish:
@@ -164,7 +161,7 @@ class Supervisor:
 
     def _carry_out(self, decision: Decision) -> Action:
         for name, why in decision.exclude:
-            self._exclude(name, why)
+            self._outlook.exclude(name, why)
         for line in decision.say:
             self._terminal.say(line)
         return decision.action
@@ -172,11 +169,11 @@ class Supervisor:
     def _gather(self) -> Action:
         began = time.monotonic()
         first = not self._state.before
-        self._at_work = []
+        self._outlook.at_work = []
         self._report.state("starting" if first else "waiting")
         while True:
             self._look(wish=not first)
-            action = self._decide(Gathering(time.monotonic() - began, self._candidates()))
+            action = self._decide(Gathering(time.monotonic() - began, self._outlook.candidates()))
             if not isinstance(action, Wait):
                 return action
             self._hub.poll(POLL)
@@ -204,7 +201,7 @@ class Supervisor:
         layout = choose_layout(self._settings, len(nodes) * ranks_per_node(self._settings))
         assert layout is not None, "team_sizes has found one"
         folder = new_attempt(self._run_dir)
-        self._at_work = nodes
+        self._outlook.at_work = nodes
         overrides = [*self._request.overrides, *layout_overrides(layout)]
         first_step = FirstStep(self._run_dir)
         self._announce(folder, nodes, layout, kind, since)
@@ -226,7 +223,7 @@ class Supervisor:
                     self._history.event("step", step=run_state(self._run_dir, 0).reached)
             noticed = time.time()
             culprit = team.culprit() if not team.lost() else None
-            halted = Halted(culprit, bool(team.lost()), asked_to_stop(team), self._candidates(), time.time())
+            halted = Halted(culprit, bool(team.lost()), asked_to_stop(team), self._outlook.candidates(), time.time())
             close = self._decide(halted)
             assert isinstance(close, Close)
             by_themselves = False
@@ -240,7 +237,7 @@ class Supervisor:
         return _Attempt(team, noticed, culprit, close, by_themselves, frozen, first_step.done)
 
     def _working(self, team: Team) -> Working:
-        return Working(team.running(), bool(team.lost()), self._candidates(), time.time())
+        return Working(team.running(), bool(team.lost()), self._outlook.candidates(), time.time())
 
     def _stop(self, team: Team, close: Close) -> bool:
         """Have the ranks save and end; return whether all have ended by themselves."""
@@ -289,40 +286,9 @@ class Supervisor:
             self._hub.poll(POLL)
             self._look(wish=False)
 
-    def _candidates(self) -> tuple[Candidate, ...]:
-        nodes = [*self._hub.nodes.values(), *(node for node in self._at_work if node.gone)]
-        return tuple(
-            Candidate(node.name, node.joined, node.asked, node in self._at_work, bool(node.gone)) for node in nodes
-        )
-
     def _look(self, wish: bool) -> None:
-        """Take note of who has come and gone, and ask the cluster for what is missing."""
-        news = self._hub.take_news()
-        for what, node in news:
-            self._ask(Came(node.name))
-            self._history.event(what, node=node.name, job=node.job, why=node.gone)
-            if what == "lost":
-                self._terminal.say(f"node {node.name} is lost: {node.gone}")
-            elif problems := [*node.problems, *filter(None, [clock_problem(node.name, node.clock, self._limits)])]:
-                self._exclude(node.name, "; ".join(map(str, problems)))
-        for node in list(self._hub.nodes.values()):
-            if node.asked and node.job == self._report.job:
-                self._ask(Told(node.asked, by_agent=True))  # the whole allocation is to stop
-                node.asked = 0
-            elif node.asked and node not in self._at_work:
-                self._hub.dismiss(node, f"its job was told to stop ({signal_name(node.asked)})")
-        self._wishes.present(self._hub.nodes)
-        if wish:
-            there = sum(not node.asked for node in self._hub.nodes.values())
-            self._wishes.nodes(max(0, self._limits.nodes + self._limits.spares - there))
-        if news:
-            self._report.refresh()
-
-    def _exclude(self, name: str, why: str) -> None:
-        self._terminal.say(f"node {name} is not used any more: {why}")
-        self._history.event("excluded", node=name, why=why)
-        self._hub.refuse(name, why)
-        self._wishes.exclude(name, why)
+        for event in self._outlook.look(wish):
+            self._ask(event)
 
     def _announce(self, folder: AttemptFolder, nodes: list[Node], layout: Layout, kind: str, since: float) -> None:
         names = [node.name for node in nodes]
