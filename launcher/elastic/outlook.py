@@ -13,7 +13,7 @@ from launcher.elastic.remote_ranks import Team
 from launcher.elastic.steps import Came, Candidate, Told
 from launcher.health.node import clock_problem
 from launcher.workers.output import Terminal
-from megamoe.config.schema import LaunchConfig
+from megamoe.config.launch import LaunchConfig
 from megamoe.core.exit_status import signal_name
 from megamoe.parallel.layout import Layout
 
