@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 TESTS = Path(__file__).parent
 # These start daemons or networks of the whole machine: all tests of the folder run one after the other.
@@ -15,13 +17,22 @@ ONE_AT_A_TIME = ("slurm", "network")
 LONGEST = ("slurm", "faults", "gpu", "parity", "network", "launcher", "demo", "data", "data_tools")
 
 
-@pytest.hookimpl(tryfirst=True)
+class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+    """Share the tests out by file, so that the data and the runs of a module are made once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        folder = Path(file).parts[1]
+        return folder if folder in ONE_AT_A_TIME else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    """Use it when pytest-xdist runs the tests (``-n``)."""
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share the tests out by file: the data and the runs of a module are made once."""
-    for item in items:
-        path = item.path.relative_to(TESTS)
-        group = path.parts[0] if path.parts[0] in ONE_AT_A_TIME else str(path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Put the longest first."""
     places = {folder: place for place, folder in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.relative_to(TESTS).parts[0], len(LONGEST)))
 

@@ -8,7 +8,6 @@ same step, and no collective ever runs beside those of training.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.checkpoint.contents import moments_of
-from megamoe.checkpoint.folders import checkpoint_name, retain
+from megamoe.checkpoint.folders import retain
 from megamoe.checkpoint.manifest import read_manifest
 from megamoe.checkpoint.mirror import Mirror
 from megamoe.checkpoint.pieces import PieceLoadPlanner, Slot, WritePlan, flat_slot, plan_writes, rank_file
@@ -33,6 +32,8 @@ from megamoe.checkpoint.train_state import TrainState
 from megamoe.config import OptimConfig
 from megamoe.config.training import CheckpointConfig
 from megamoe.core.errors import CheckpointError
+from megamoe.core.log import say
+from megamoe.core.run_folder import RunFolder
 from megamoe.data.order.position import DataState, joined
 from megamoe.parallel.broadcast import from_rank_0
 from megamoe.parallel.deepspeed.engine import TrainEngine
@@ -174,7 +175,7 @@ class Checkpointer:
             self._plan = plan_writes(slots)
         pieces = {slot.key: slot.data for slot in slots if slot.key in self._plan.mine}
         assert len(pieces) == len(self._plan.mine), "what a rank owns does not change during a run"
-        folder = self.run / "checkpoints" / checkpoint_name(state.step)
+        folder = RunFolder(self.run).checkpoint(state.step)
         copied = None
         if copy:
             pieces, copied = self._snapshot.take(pieces)
@@ -240,4 +241,4 @@ class Checkpointer:
     @staticmethod
     def _say(text: str) -> None:
         if dist.get_rank() == 0:
-            print(f"megamoe: {text}", file=sys.stderr, flush=True)
+            say(text)

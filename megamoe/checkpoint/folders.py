@@ -15,6 +15,8 @@ import re
 import shutil
 from pathlib import Path
 
+from megamoe.core.run_folder import RunFolder
+
 _NAME = re.compile(r"(?:\.(incomplete|replaced|abandoned|deleted)-)?step-(\d{8,})(?:\.(\d+))?")
 
 
@@ -88,7 +90,7 @@ def abandon(run: Path, keep: int, newer_only: bool) -> list[Path]:
         if step > keep or (step < keep and not newer_only):
             moved.append(folder.rename(_free(folder.with_name(f".abandoned-{checkpoint_name(step)}"))))
     if moved:
-        sync_folder(run / "checkpoints")
+        sync_folder(RunFolder(run).checkpoints)
     return moved
 
 
@@ -141,7 +143,7 @@ def sync_folder(folder: Path) -> None:
 
 def _folders(run: Path, kind: str | None) -> list[tuple[int, Path]]:
     found = []
-    parent = run / "checkpoints"
+    parent = RunFolder(run).checkpoints
     for folder in parent.iterdir() if parent.is_dir() else ():
         match = _NAME.fullmatch(folder.name)
         # Plain names must match exactly: step-00000100.2 is not ours.

@@ -10,7 +10,8 @@ from pathlib import Path
 from megamoe.checkpoint.folders import abandoned_of, checkpoint_step, checkpoints_of, incomplete_of
 from megamoe.checkpoint.manifest import check_sizes, read_manifest
 from megamoe.core.errors import CheckpointError
-from megamoe.metrics.metrics_file import METRICS_FILE, read_metrics
+from megamoe.core.run_folder import RunFolder
+from megamoe.metrics.metrics_file import read_metrics
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def list_checkpoints(run: Path) -> list[Listed]:
     Raises:
         CheckpointError: ``run`` is not the folder of a run.
     """
-    if not (run / "checkpoints").is_dir():
+    if not RunFolder(run).checkpoints.is_dir():
         raise CheckpointError(f"{run}: has no folder checkpoints; give the folder of a run that has trained")
     losses = _losses(run)
     found = [_look(step, folder, "complete", losses.get(step)) for step, folder in checkpoints_of(run)]
@@ -71,7 +72,7 @@ def _look(step: int, folder: Path, status: str, loss: float | None) -> Listed:
 
 
 def _losses(run: Path) -> dict[int, float | None]:
-    if not (run / METRICS_FILE).is_file():
+    if not RunFolder(run).metrics.is_file():
         return {}
     return {row["step"]: row.get("loss") for row in read_metrics(run)}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from megamoe.checkpoint.folders import checkpoints_of, to_delete
 from megamoe.checkpoint.remote import RemoteCheckpoints
 from megamoe.config.training import CheckpointConfig
 from megamoe.core.errors import CheckpointError
+from megamoe.core.log import say
 
 
 class Mirror:
@@ -64,7 +64,7 @@ class Mirror:
                 self._failure = None
             except CheckpointError as error:
                 self._failure = error
-                print(f"megamoe: {error}; the local checkpoints are whole", file=sys.stderr, flush=True)
+                say(f"{error}; the local checkpoints are whole")
 
     def _next(self) -> bool:
         """Wait until there is something to do; return False at the end."""

@@ -16,11 +16,10 @@ from megamoe.checkpoint.store import SafetensorsReader
 from megamoe.checkpoint.train_state import TrainState
 from megamoe.config import Config
 from megamoe.core.errors import CheckpointError, DamagedCheckpoint
+from megamoe.core.run_folder import RunFolder
 from megamoe.data.sample.tokenizer import Tokenizer
 from megamoe.model.parameter import ExpertShard
 from megamoe.model.vlm import VisionLanguageModel, layer_specs, named_parameters
-
-TOKENIZER_FILE = "tokenizer.model"  # the copy in the run's folder
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,8 @@ def load_model(source: Path) -> LoadedModel:
     state = TrainState.from_json(read_manifest(folder).state, str(folder))
     config = state.parsed_config(str(folder))
     run = folder.parent.parent if folder.parent.name == "checkpoints" else None
-    path = run / TOKENIZER_FILE if run is not None and (run / TOKENIZER_FILE).is_file() else config.data.tokenizer
+    copy = RunFolder(run).tokenizer if run is not None else None
+    path = copy if copy is not None and copy.is_file() else config.data.tokenizer
     if path is None:
         raise CheckpointError(f"checkpoint {folder}: its config names no data.tokenizer")
     tokenizer = Tokenizer(path)

@@ -18,6 +18,7 @@ from megamoe.checkpoint.folders import checkpoint_name, incomplete_path, publish
 from megamoe.checkpoint.manifest import MANIFEST, read_manifest
 from megamoe.checkpoint.tensorfile import TensorFile
 from megamoe.core.errors import CheckpointError, DamagedCheckpoint
+from megamoe.core.run_folder import RunFolder
 from megamoe.core.urls import masked, one_line
 
 _ABANDONED = "abandoned-manifest.json"  # of an abandoned history
@@ -82,7 +83,7 @@ class RemoteCheckpoints:
         Raises:
             DamagedCheckpoint: it is not what was written.
         """
-        folder = run / "checkpoints" / checkpoint_name(step)
+        folder = RunFolder(run).checkpoint(step)
         into, there = incomplete_path(folder), f"{self._root}/{folder.name}"
         into.mkdir(parents=True, exist_ok=True)
         manifest = self._read(f"{there}/{MANIFEST}")

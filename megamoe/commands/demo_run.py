@@ -22,7 +22,7 @@ from typing import NoReturn
 from megamoe.config import load_config
 from megamoe.core.errors import UserError
 from megamoe.core.run_folder import RunFolder
-from megamoe.metrics.metrics_file import METRICS_FILE, last_step, read_metrics
+from megamoe.metrics.metrics_file import last_step, read_metrics
 
 CONFIG = Path("configs/demo.yaml")
 DATA = Path("data/demo")
@@ -124,11 +124,12 @@ def _random_worker(run: Path) -> tuple[int, int]:
 
 
 def _last_step(run: Path) -> int:
-    return last_step(run / METRICS_FILE) if (run / METRICS_FILE).exists() else 0
+    metrics = RunFolder(run).metrics
+    return last_step(metrics) if metrics.exists() else 0
 
 
 def _summary(run: Path, steps: int, killed: str, seconds: float) -> int:
-    result = json.loads((run / "eval.json").read_text())
+    result = json.loads(RunFolder(run).results.read_text())
     combinations = result["splits"]["combinations"]["exact_match"]
     trained = [record["step"] for record in read_metrics(run)]
     each_once = trained == list(range(1, steps + 1))

@@ -18,12 +18,13 @@ PATH = click.Path(path_type=Path)
 @click.option("--name", default="validation", show_default=True, help="Name of the split in RUN/eval.json.")
 def evaluate(source: Path, data: tuple[str, ...], task: str, limit: int | None, batch: int, name: str) -> None:
     """Caption held-out pictures and compare with their true captions; figures go to RUN/eval.json."""
+    from megamoe.core.run_folder import RunFolder
     from megamoe.evaluate.caption import evaluate_caption
-    from megamoe.evaluate.results import RESULTS_FILE, results_folder
+    from megamoe.evaluate.results import results_folder
 
     result = evaluate_caption(source, list(data), name, limit, batch)
     click.echo(f"{task} on {name}")
     for key, value in result.items():
         if isinstance(value, int | float):
             click.echo(f"  {key.replace('_', ' '):<14}{f'{value:.4f}' if isinstance(value, float) else f'{value:,}':>10}")
-    click.echo(f"written to {results_folder(source) / RESULTS_FILE}")
+    click.echo(f"written to {RunFolder(results_folder(source)).results}")

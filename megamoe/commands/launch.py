@@ -28,7 +28,7 @@ _OPTIONS = (
     click.option("--ranks-per-node", type=COUNT, help="Ranks.  [default: one per GPU, or one]"),
     click.option("--partition", help="Partition.  [default: the site's]"),
     click.option("--account", help="Account to charge."),
-    click.option("--time", metavar="D-HH:MM:SS", help="Limit of one job; the run goes on in the next."),
+    click.option("--time", metavar="D-HH:MM:SS", help="Time limit of one job; the next job resumes the run."),
     click.option("--qos", help="Quality of service."),
     click.option("--constraint", help="Features that nodes must have."),
     click.option("--exclude", metavar="NODES", help="Nodes never to use."),
@@ -47,7 +47,7 @@ def slurm_options(verb: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.group()
 def launch() -> None:
-    """Run on many nodes: submit to SLURM, follow, stop, go on."""
+    """Run on many nodes: submit to SLURM, follow, stop, resume."""
 
 
 @launch.command(short_help="Submit a training to SLURM.")
@@ -59,7 +59,7 @@ def launch() -> None:
     default="none",
     show_default=True,
     metavar="auto|none|PATH",
-    help="What the first start goes on from, as in `megamoe train`; later ones go on where the run is.",
+    help="What the first job resumes from, as in `megamoe train`; later jobs resume from the newest checkpoint.",
 )
 @dry_run
 def slurm(config: Path, overrides: tuple[str, ...], resume: str, dry_run: bool, **options: object) -> None:

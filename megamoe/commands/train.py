@@ -29,8 +29,8 @@ PATH = click.Path(path_type=Path)
 def train(ctx: click.Context, config: Path, overrides: tuple[str, ...], nproc: int | None, resume: str) -> None:
     """Train as CONFIG says, with settings changed by KEY=VALUE.
 
-    Starts and supervises local processes: when one dies, all go on from the last checkpoint. Started by torchrun, by
-    srun with a task per rank or by mpirun, it is one of these ranks.
+    Start and supervise local processes; when one dies, restart all from the last checkpoint. When started by torchrun, by
+    srun with a task per rank or by mpirun, be one of these ranks.
     """
     from launcher.workers.environment import rank_environment
     from megamoe.config import load_config

@@ -20,9 +20,9 @@ from PIL import Image
 
 from megamoe.core.errors import UserError
 from megamoe.core.files import atomic_file
+from megamoe.core.run_folder import RunFolder
 
 MAIN_SPLIT = "validation"
-RESULTS_FILE = "eval.json"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # becomes a file name
 
 
@@ -33,7 +33,7 @@ def results_folder(source: Path) -> Path:
     checkpoint, because a complete checkpoint does not change.
     """
     source = source.resolve()
-    if (source / "checkpoints").is_dir():
+    if RunFolder(source).checkpoints.is_dir():
         return source
     return source.parent.parent if source.parent.name == "checkpoints" else source.parent
 
@@ -54,7 +54,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is not a JSON object or cannot be read.
     """
-    path = folder / RESULTS_FILE
+    path = RunFolder(folder).results
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -85,9 +85,9 @@ def write_results(folder: Path, result: Mapping[str, Any], examples: Sequence[Ma
     if splits:
         results["splits"] = splits
     lines = "".join(json.dumps(example) + "\n" for example in examples)
-    with atomic_file(folder / "eval" / f"{name}.jsonl") as file:
+    with atomic_file(RunFolder(folder).captions / f"{name}.jsonl") as file:
         file.write(lines.encode("utf-8"))
-    path = folder / RESULTS_FILE
+    path = RunFolder(folder).results
     with atomic_file(path) as file:
         file.write((json.dumps(results, indent=2, allow_nan=False) + "\n").encode("utf-8"))
     return path

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from megamoe.core.run_folder import RunFolder
 from megamoe.metrics import jsonl
 
 
@@ -23,9 +24,9 @@ class AuditWriter:
     def __init__(self, run_dir: Path, rank: int, enabled: bool) -> None:
         self._file: BinaryIO | None = None
         if enabled:
-            folder = run_dir / "audit"
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / f"rank-{rank:05d}.jsonl").open("ab")
+            path = RunFolder(run_dir).audit_of(rank)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab")
 
     def write(self, step: int, samples: Sequence[tuple[int, str]]) -> None:
         """Append the ``(slot, "<shard>#<key>")`` pairs of one step in a single write."""
@@ -47,5 +48,5 @@ def truncate_audit(run_dir: Path, step: int) -> None:
     Raises:
         UserError: a complete line of a file is damaged.
     """
-    for path in sorted((run_dir / "audit").glob("rank-*.jsonl")):
+    for path in sorted(RunFolder(run_dir).audit.glob("rank-*.jsonl")):
         jsonl.truncate(path, step)

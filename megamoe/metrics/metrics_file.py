@@ -8,10 +8,9 @@ from types import TracebackType
 from typing import BinaryIO
 
 from megamoe.core.errors import UserError
+from megamoe.core.run_folder import RunFolder
 from megamoe.metrics import jsonl
 from megamoe.metrics.step_record import StepRecord, parse_record
-
-METRICS_FILE = "metrics.jsonl"
 
 _TAIL = 1 << 20  # bytes; the last record is in them
 
@@ -30,7 +29,7 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path, resume_step: int | None) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / METRICS_FILE
+        path = RunFolder(run_dir).metrics
         self._last: int | None = None
         if resume_step is None:
             refuse_existing(run_dir)
@@ -63,10 +62,10 @@ def refuse_existing(run_dir: Path) -> None:
     Raises:
         UserError: ``run_dir`` has metrics of a run.
     """
-    path = run_dir / METRICS_FILE
+    path = RunFolder(run_dir).metrics
     if path.exists() and path.stat().st_size > 0:
         raise UserError(
-            f"run.dir {run_dir}: already holds a run ({METRICS_FILE} is not empty); "
+            f"run.dir {run_dir}: already holds a run ({path.name} is not empty); "
             "resume it with --resume auto, or choose another run.name"
         )
 
@@ -77,9 +76,9 @@ def read_metrics(run_dir: Path) -> list[StepRecord]:
     Raises:
         UserError: the folder has no metrics.jsonl, or a line of it is damaged.
     """
-    path = run_dir / METRICS_FILE
+    path = RunFolder(run_dir).metrics
     if not path.exists():
-        raise UserError(f"{run_dir}: no {METRICS_FILE} there; name the folder of a run that has trained")
+        raise UserError(f"{run_dir}: no {path.name} there; name the folder of a run that has trained")
     records = []
     for number, (_, tree) in enumerate(jsonl.read_lines(path), start=1):
         try:

@@ -14,7 +14,8 @@ import numpy as np
 
 from megamoe.config import Config, load_config
 from megamoe.core.errors import UserError
-from megamoe.metrics.metrics_file import METRICS_FILE, read_metrics
+from megamoe.core.run_folder import RunFolder
+from megamoe.metrics.metrics_file import read_metrics
 from megamoe.metrics.step_record import StepRecord
 from megamoe.model.size import model_size
 from megamoe.parallel.layout import plan_layout
@@ -55,7 +56,7 @@ def write_report(run: Path) -> Path:
     """
     records = read_metrics(run)
     if not records:
-        raise UserError(f"{run / METRICS_FILE}: has no step yet; report on the run after its first step")
+        raise UserError(f"{RunFolder(run).metrics}: has no step yet; report on the run after its first step")
     config, problem = _config(run)
     splits = _splits(run)
     html = render_page(
@@ -68,9 +69,9 @@ def write_report(run: Path) -> Path:
         charts=_charts(records),
         load_charts=_load_charts(records),
         splits=splits,
-        settings=(run / "config.yaml").read_text(encoding="utf-8") if config else "",
+        settings=RunFolder(run).config.read_text(encoding="utf-8") if config else "",
     )
-    path = run / "report.html"
+    path = RunFolder(run).report
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(html, encoding="utf-8")
     temporary.replace(path)
@@ -78,7 +79,7 @@ def write_report(run: Path) -> Path:
 
 
 def _config(run: Path) -> tuple[Config | None, str]:
-    path = run / "config.yaml"
+    path = RunFolder(run).config
     if not path.exists():
         return None, ""
     try:
@@ -171,12 +172,13 @@ def _load_charts(records: Sequence[StepRecord]) -> list[Chart]:
 
 def _splits(run: Path) -> list[Split]:
     figures: dict[str, Mapping[str, Any]] = {}
-    if (run / "eval.json").exists():
-        result = _json(run / "eval.json", (run / "eval.json").read_text(encoding="utf-8"))
+    path = RunFolder(run).results
+    if path.exists():
+        result = _json(path, path.read_text(encoding="utf-8"))
         if "exact_match" in result:
             figures[str(result.get("name", "validation"))] = result
         figures.update(result.get("splits", {}))
-    shown = {path.stem: path for path in sorted((run / "eval").glob("*.jsonl"))}
+    shown = {path.stem: path for path in sorted(RunFolder(run).captions.glob("*.jsonl"))}
     splits = []
     for name in [*figures, *(name for name in shown if name not in figures)]:
         lines = shown[name].read_text(encoding="utf-8").splitlines() if name in shown else []

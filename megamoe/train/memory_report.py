@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megamoe.config import Config
+from megamoe.core.run_folder import RunFolder
 from megamoe.parallel.layout import Layout
 from megamoe.parallel.memory import peak_memory, predict_memory
 
@@ -21,4 +22,4 @@ def write_memory_report(config: Config, layout: Layout, device: torch.device) ->
     dist.all_gather(everyone, mine)
     if rank == 0:
         rows = [{"rank": rank, "predicted": p, "peak": m} for rank, (p, m) in enumerate(t.tolist() for t in everyone)]
-        (config.run.folder / "memory.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        RunFolder(config.run.folder).memory.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

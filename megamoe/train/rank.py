@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from megamoe.checkpoint.reading import TOKENIZER_FILE, find_checkpoint
+from megamoe.checkpoint.reading import find_checkpoint
 from megamoe.config import Config, dump_config
 from megamoe.core.errors import DataError, UserError
 from megamoe.core.exit_status import STOPPED
 from megamoe.core.files import atomic_file
+from megamoe.core.run_folder import RunFolder
 from megamoe.data.sample.tokenizer import Tokenizer
 from megamoe.data.shards.from_config import open_data_set
 from megamoe.metrics.metrics_file import refuse_existing
@@ -45,7 +46,7 @@ def train(config: Config, resume: str) -> int:
     elif resume != "auto":
         find_checkpoint(Path(resume))
     tokenizer = _tokenizer(config)
-    data = open_data_set(config.data, config.run.folder / "index")
+    data = open_data_set(config.data, RunFolder(config.run.folder).index)
     if rank == 0:
         prepare_folder(config, tokenizer)
 
@@ -69,9 +70,9 @@ def prepare_folder(config: Config, tokenizer: Tokenizer) -> None:
     folder = config.run.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(folder / "config.yaml") as file:
+        with atomic_file(RunFolder(folder).config) as file:
             file.write(dump_config(config).encode())
-        with atomic_file(folder / TOKENIZER_FILE) as file:
+        with atomic_file(RunFolder(folder).tokenizer) as file:
             file.write(tokenizer.path.read_bytes())
     except OSError as error:
         raise UserError(f"run.dir {folder}: cannot be written ({error.strerror}); free space or choose another") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 from megamoe.config import Config
+from megamoe.core.log import say
 from megamoe.core.packed_batch import PackedBatch
+from megamoe.core.run_folder import RunFolder
 from megamoe.data.loader.lane import LostSample
 from megamoe.data.loader.step_loader import StepBatch
 from megamoe.data.sample.tokenizer import Tokenizer
@@ -65,9 +66,9 @@ class RunRecords:
             self._metrics = MetricsWriter(run, resume_step)
             self._progress = Progress(config.train.steps, done=resume_step or 0)
             if settings.tensorboard:
-                self._board = TensorBoardSink(run / "tensorboard", resume_step, settings.tensorboard_every)
+                self._board = TensorBoardSink(RunFolder(run).tensorboard, resume_step, settings.tensorboard_every)
         self._audit = AuditWriter(run, rank, config.data.audit)
-        self._lost = run / "lost" / f"rank-{rank:05d}.jsonl"
+        self._lost = RunFolder(run).lost_of(rank)
 
     def write(self, record: StepRecord, batch: StepBatch | None) -> None:
         """Write the record of a step.
@@ -119,7 +120,7 @@ class RunRecords:
             for name, shard in shards.items():
                 line = {"step": step, "shard": name, **shard._asdict()}
                 file.write(jsonl.to_line(line))
-                print(f"megamoe: step {step}: going on without a shard: {shard.reason}", file=sys.stderr, flush=True)
+                say(f"step {step}: going on without a shard: {shard.reason}")
 
 
 def step_record(
@@ -174,7 +175,7 @@ def step_record(
 
 def truncate_lost(run: Path, step: int) -> None:
     """Drop the lost samples of steps after ``step``, which come again."""
-    for path in sorted((run / "lost").glob("*.jsonl")):
+    for path in sorted(RunFolder(run).lost.glob("*.jsonl")):
         jsonl.truncate(path, step)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from megamoe.checkpoint.train_state import TrainState, check_fits
 from megamoe.config import Config
 from megamoe.core.errors import CheckpointError, DamagedCheckpoint
 from megamoe.core.files import remove_unfinished
+from megamoe.core.log import say
+from megamoe.core.run_folder import RunFolder
 from megamoe.data.order.position import DataState
 from megamoe.metrics.audit import truncate_audit
 from megamoe.parallel.broadcast import from_rank_0
@@ -86,7 +87,7 @@ class Resume:
             # A save that was interrupted right after publishing has not deleted the older ones yet.
             retain(self._run, step, self._config.checkpoint.keep, self._config.checkpoint.keep_every)
             # No rank writes into these folders now: indexing is done, and no data worker has started.
-            for folder in (self._run, self._run / "index"):
+            for folder in (self._run, RunFolder(self._run).index):
                 remove_unfinished(folder)
             truncate_audit(self._run, step)
             truncate_lost(self._run, step)
@@ -175,4 +176,4 @@ def _with_remedy(error: DamagedCheckpoint) -> DamagedCheckpoint:
 
 
 def _say(text: str) -> None:
-    print(f"megamoe: {text}", file=sys.stderr, flush=True)
+    say(text)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch.distributed as dist
 
 from megamoe.checkpoint.checkpointer import Checkpointer
 from megamoe.checkpoint.train_state import TrainState
 from megamoe.config import Config
 from megamoe.core.errors import SpikeError
+from megamoe.core.log import say
 from megamoe.train.guard import Guard
 from megamoe.train.resume import Resume, checkpoints_before
 
@@ -45,5 +44,5 @@ def go_back(
     steps = range(max(state.step + 1, first - limits.spike_margin), last + 1)
     if dist.get_rank() == 0:
         line = f"{found}: goes back to step {state.step} and passes over steps {steps[0]} to {last}"
-        print(f"megamoe: {line}", file=sys.stderr, flush=True)
+        say(line)
     return state, steps
