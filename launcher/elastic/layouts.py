@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from megamoe.config import Config
+from megamoe.config.launch import LaunchConfig
 from megamoe.core.errors import UserError
 from megamoe.parallel.layout import Layout, plan_layout
 
@@ -31,9 +32,9 @@ def layout_overrides(layout: Layout) -> list[str]:
     return [f"parallel.pipeline={layout.pipeline}", f"parallel.expert={layout.expert}"]
 
 
-def ranks_per_node(config: Config) -> int:
+def ranks_per_node(launch: LaunchConfig) -> int:
     """Return the ranks of each node: as set, or one per GPU, or one."""
-    return config.launch.ranks_per_node or config.launch.gpus_per_node or 1
+    return launch.ranks_per_node or launch.gpus_per_node or 1
 
 
 def team_sizes(config: Config) -> list[int]:
@@ -42,7 +43,7 @@ def team_sizes(config: Config) -> list[int]:
     Raises:
         UserError: there are none.
     """
-    launch, ranks = config.launch, ranks_per_node(config)
+    launch, ranks = config.launch, ranks_per_node(config.launch)
     fewest = launch.min_nodes or 1
     if fewest > launch.nodes:
         raise UserError(f"launch.min_nodes {fewest} is more than launch.nodes {launch.nodes}; lower it")

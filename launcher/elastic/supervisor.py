@@ -198,7 +198,7 @@ class Supervisor:
         return self._decide(Examined(names, found.complete and not found.bad, bad))
 
     def _attempt(self, nodes: list[Node], kind: str, since: float) -> _Attempt:
-        layout = choose_layout(self._settings, len(nodes) * ranks_per_node(self._settings))
+        layout = choose_layout(self._settings, len(nodes) * ranks_per_node(self._settings.launch))
         assert layout is not None, "team_sizes has found one"
         folder = new_attempt(self._run_dir)
         self._outlook.at_work = nodes
@@ -208,7 +208,7 @@ class Supervisor:
         with Team(
             self._hub,
             nodes,
-            ranks_per_node(self._settings),
+            ranks_per_node(self._settings.launch),
             self._request.config_path,
             self._resume,
             overrides,

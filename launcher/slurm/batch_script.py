@@ -9,16 +9,15 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megamoe.config.launch import LaunchConfig, SlurmConfig
-from megamoe.config.schema import Config
 from megamoe.core.errors import UserError
 from megamoe.core.run_folder import RunFolder
 
 Options = list[tuple[str, list[str]]]  # pairs of a reason and the sbatch options that it explains
 
 
-def job_options(settings: Config, run_dir: Path, workdir: Path, excluded: Collection[str] = ()) -> Options:
-    """Return the options of a run's job: where it may run, how many nodes, and how it is continued."""
-    launch, slurm = settings.launch, settings.launch.slurm
+def job_options(launch: LaunchConfig, name: str, run_dir: Path, workdir: Path, excluded: Collection[str] = ()) -> Options:
+    """Return the options of the job of run ``name``: where it may run, how many nodes, and how it is continued."""
+    slurm = launch.slurm
     counted = f"{launch.nodes} node{'s' * (launch.nodes > 1)} at work"
     if launch.spares:
         counted += f", and up to {launch.spares} to stand by, for which it does not wait"
@@ -31,7 +30,7 @@ def job_options(settings: Config, run_dir: Path, workdir: Path, excluded: Collec
         "never": ("launch.slurm.again is never: when this job ends, the run stops.", "--no-requeue"),
     }[slurm.again]
     return [
-        ("", [f"--job-name=megamoe-{settings.run.name}", f"--chdir={workdir}"]),
+        ("", [f"--job-name=megamoe-{name}", f"--chdir={workdir}"]),
         ("One log for all starts of this job, which are appended.", [_output(run_dir, "job"), "--open-mode=append"]),
         *_place(slurm, excluded),
         # Without --ntasks-per-node, with which SLURM never gives more than the fewest nodes of a range.
@@ -39,7 +38,7 @@ def job_options(settings: Config, run_dir: Path, workdir: Path, excluded: Collec
             f"{counted}. Each gets one task, the agent, which starts its ranks.",
             [f"--nodes={node_range(launch)}"],
         ),
-        *_node(settings),
+        *_node(launch),
         *_time(slurm),
         (
             f"{slurm.signal_seconds} s before the time limit the run saves. B: the signal goes to this script alone, which "
@@ -64,27 +63,27 @@ def node_range(launch: LaunchConfig, again: bool = False) -> str:
 
 
 def helper_options(
-    settings: Config, run_dir: Path, workdir: Path, count: int, not_on: Collection[str], seconds: float
+    launch: LaunchConfig, name: str, run_dir: Path, workdir: Path, count: int, not_on: Collection[str], seconds: float
 ) -> Options:
     """Return the options of a job that brings up to ``count`` further nodes for the ``seconds`` left to the run's job."""
-    slurm = settings.launch.slurm
+    slurm = launch.slurm
     minutes = f"{math.ceil(seconds / 60)}" if math.isfinite(seconds) else None
     return [
-        ("", [f"--job-name=megamoe-{settings.run.name}-helper", f"--chdir={workdir}"]),
+        ("", [f"--job-name=megamoe-{name}-helper", f"--chdir={workdir}"]),
         ("", [_output(run_dir, "helper"), "--open-mode=append"]),
         *_place(slurm, not_on),
         ("As many as are free at once.", [f"--nodes=1-{count}" if count > 1 else "--nodes=1"]),
-        *_node(settings),
+        *_node(launch),
         *([("As long as the job that it helps.", [f"--time={minutes}"])] if minutes else []),
         ("The run asks for another one if it needs it.", ["--no-requeue", "--no-kill"]),
         *_extra(slurm),
     ]
 
 
-def job_script(options: Options, settings: Config, run_dir: Path) -> str:
+def job_script(options: Options, slurm: SlurmConfig, name: str, run_dir: Path) -> str:
     """Return the script for ``sbatch`` that runs the supervisor in place of the shell."""
     head = [
-        f"# The job of run {settings.run.name}, written by `megamoe launch`; what it trains is in request.json beside it.",
+        f"# The job of run {name}, written by `megamoe launch`; what it trains is in request.json beside it.",
         "# Submitted by hand, once it has run, it goes on from the newest checkpoint.",
     ]
     body = [
@@ -93,17 +92,17 @@ def job_script(options: Options, settings: Config, run_dir: Path) -> str:
         "# exec: SLURM sends its signals to this process, so the supervisor has to be it. It starts an agent on each node.",
         "exec " + shlex.join([sys.executable, "-m", "megamoe", "launch", "supervise", str(run_dir)]),
     ]
-    return _script(head, options, settings.launch.slurm.setup, body)
+    return _script(head, options, slurm.setup, body)
 
 
-def helper_script(options: Options, settings: Config, run_dir: Path) -> str:
+def helper_script(options: Options, slurm: SlurmConfig, name: str, run_dir: Path) -> str:
     """Return the script for ``sbatch`` that runs an agent on each of its nodes, until the run's job ends."""
-    head = [f"# Further nodes for the job of run {settings.run.name}, submitted by that job."]
+    head = [f"# Further nodes for the job of run {name}, submitted by that job."]
     # All of them, since variables of the job would win over an option that is not given.
     size = '--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES"'
-    srun, *arguments = agents_command(settings.launch.slurm, run_dir)
+    srun, *arguments = agents_command(slurm, run_dir)
     body = [f"exec {srun} {size} {shlex.join(arguments)}"]
-    return _script(head, options, settings.launch.slurm.setup, body)
+    return _script(head, options, slurm.setup, body)
 
 
 def agents_command(slurm: SlurmConfig, run_dir: Path, nodes: Sequence[str] = ()) -> list[str]:
@@ -140,8 +139,8 @@ def _place(slurm: SlurmConfig, excluded: Collection[str]) -> Options:
     ]
 
 
-def _node(settings: Config) -> Options:
-    launch, slurm = settings.launch, settings.launch.slurm
+def _node(launch: LaunchConfig) -> Options:
+    slurm = launch.slurm
     rows: Options = []
     if slurm.cpus_per_node is None:
         rows.append(("Whole nodes: a neighbour would slow down one rank, and with it all.", ["--exclusive"]))

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from launcher.slurm import durations
 from launcher.slurm.tools import outside_job, records, slurm
 from megamoe.config.launch import LaunchConfig
-from megamoe.config.schema import Config
 from megamoe.core.errors import UserError
 
 # What SLURM says, and the settings that it means.
@@ -51,7 +50,7 @@ def check_settings(launch: LaunchConfig) -> None:
             raise UserError(f"launch.slurm.extra {option!r}: no option of sbatch; write it as --name=value")
 
 
-def check_cluster(settings: Config, script: str, options: Sequence[str]) -> None:
+def check_cluster(launch: LaunchConfig, script: str, options: Sequence[str]) -> None:
     """Ask the cluster whether it would take the job; nothing is submitted.
 
     Raises:
@@ -59,8 +58,8 @@ def check_cluster(settings: Config, script: str, options: Sequence[str]) -> None
     """
     if shutil.which("sbatch") is None:
         raise UserError("sbatch: not found; run this on a login node of a SLURM cluster, or use megamoe train --nproc N")
-    _check_partition(settings.launch)
-    _check_account(settings.launch.slurm.account)
+    _check_partition(launch)
+    _check_account(launch.slurm.account)
     try:
         slurm(["sbatch", "--test-only"], script, outside_job(options))
     except UserError as error:

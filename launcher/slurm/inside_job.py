@@ -34,7 +34,7 @@ def supervise_run(run_dir: Path) -> int:
         forget_job(run_dir, earlier)
     forget_job(run_dir, job)  # it waited as the next one of a chain
     note_job(run_dir, job, "run")
-    cluster = SlurmCluster(settings, run_dir, job, Terminal().say)
+    cluster = SlurmCluster(settings.launch, settings.run.name, run_dir, job, Terminal().say)
     return supervise(request.config, request.overrides, resume, settings, cluster)
 
 
@@ -50,7 +50,7 @@ def serve_run(run_dir: Path, node: str) -> int:
     def start_again(why: str) -> None:
         Terminal().say(f"{node}: {why}")
         History(run_dir).event("orphaned", node=node, why=why)
-        orphaned(run_dir, settings)
+        orphaned(run_dir, settings.launch)
 
     def checks() -> list[str]:
         return list(map(str, node_problems(node, run_dir, settings.launch)))

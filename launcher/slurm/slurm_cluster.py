@@ -15,7 +15,7 @@ from launcher.slurm import durations
 from launcher.slurm.batch_script import agents_command, helper_options, helper_script, node_range
 from launcher.slurm.request import exclude_node, excluded_nodes, forget_job, note_job, noted_jobs
 from launcher.slurm.tools import expand, outside_job, slurm
-from megamoe.config.schema import Config
+from megamoe.config.launch import LaunchConfig
 from megamoe.core.errors import UserError
 from megamoe.core.retry import Backoff
 from megamoe.core.run_folder import RunFolder
@@ -31,15 +31,16 @@ class SlurmCluster:
     """The allocation of the SLURM job whose batch script this process is. Implements ``Cluster``.
 
     Args:
-        settings: the run's.
+        launch: section ``launch`` of the run's config.
+        name: the run's name.
         run_dir: its folder, absolute.
         job: id of the job.
         say: takes a line for the log.
     """
 
-    def __init__(self, settings: Config, run_dir: Path, job: str, say: Callable[[str], None]) -> None:
+    def __init__(self, launch: LaunchConfig, name: str, run_dir: Path, job: str, say: Callable[[str], None]) -> None:
         self.job = job
-        self._settings, self._run_dir, self._say = settings, run_dir, say
+        self._launch, self._name, self._run_dir, self._say = launch, name, run_dir, say
         self._agents: list[subprocess.Popen[bytes]] = []
         self._started: dict[str, float] = {}  # when an agent was last started on a node of this allocation
         self._next: str | None = None  # the job that waits for the end of this one
@@ -60,7 +61,7 @@ class SlurmCluster:
             UserError: SLURM does not answer.
         """
         self._end_leftovers()
-        if self._settings.launch.slurm.again == "chain":
+        if self._launch.slurm.again == "chain":
             self._queue_next()
         nodes = [node for node in self._nodes() if node not in excluded_nodes(self._run_dir)]
         if nodes:
@@ -86,11 +87,11 @@ class SlurmCluster:
 
     def run_again(self, why: str) -> bool:
         """Requeue this job, or let the next one of the chain run."""
-        again = self._settings.launch.slurm.again
+        again = self._launch.slurm.again
         if again == "chain" and self._next is not None:
             self._goes_on = True
         elif again == "requeue":
-            requeue(self.job, self._run_dir, self._settings)
+            requeue(self.job, self._run_dir, self._launch)
             self._goes_on = True
         return self._goes_on
 
@@ -103,7 +104,7 @@ class SlurmCluster:
                     "scontrol",
                     "update",
                     f"JobId={self._next}",
-                    f"ExcNodeList={','.join(_excluded(self._settings, self._run_dir))}",
+                    f"ExcNodeList={','.join(_excluded(self._launch, self._run_dir))}",
                 ]
             )
 
@@ -175,7 +176,7 @@ class SlurmCluster:
         The nodes that it must not use change as well: until SLURM notices that a node is lost, it counts the node as ours,
         and the node may return.
         """
-        given = self._settings.launch.slurm.exclude
+        given = self._launch.slurm.exclude
         not_on = ",".join([*([given] if given else []), *self._not_on(present)])
         wanted = [f"NumNodes=1-{count}" if count > 1 else "NumNodes=1", f"ExcNodeList={not_on}"]
         if (job, wanted) != self._waiting:
@@ -187,8 +188,8 @@ class SlurmCluster:
 
     def _submit_helper(self, count: int, present: Collection[str]) -> None:
         left = durations.seconds(slurm(["squeue", "--noheader", f"--jobs={self.job}", "--format=%L"]).strip() or "INVALID")
-        options = helper_options(self._settings, self._run_dir, Path.cwd(), count, self._not_on(present), left)
-        script = helper_script(options, self._settings, self._run_dir)
+        options = helper_options(self._launch, self._name, self._run_dir, Path.cwd(), count, self._not_on(present), left)
+        script = helper_script(options, self._launch.slurm, self._name, self._run_dir)
         RunFolder(self._run_dir).launch.helper_script.write_text(script, encoding="utf-8")
         job = slurm(["sbatch", "--parsable"], script, outside_job([each for _, group in options for each in group]))
         job = job.strip().split(";")[0]
@@ -231,7 +232,7 @@ class SlurmCluster:
         return on_their_way
 
     def _start_on(self, nodes: list[str]) -> None:
-        command = agents_command(self._settings.launch.slurm, self._run_dir, nodes)
+        command = agents_command(self._launch.slurm, self._run_dir, nodes)
         # In a session of its own, so that Ctrl-C reaches the supervisor alone.
         self._agents.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True))
         self._started |= dict.fromkeys(nodes, time.monotonic())
@@ -243,8 +244,8 @@ class SlurmCluster:
     def _queue_next(self) -> None:
         script = RunFolder(self._run_dir).launch.job_script
         options = [f"--dependency=afternotok:{self.job}", "--kill-on-invalid-dep=yes"]
-        options.append(f"--nodes={node_range(self._settings.launch, again=True)}")
-        if excluded := _excluded(self._settings, self._run_dir):
+        options.append(f"--nodes={node_range(self._launch, again=True)}")
+        if excluded := _excluded(self._launch, self._run_dir):
             options.append(f"--exclude={','.join(excluded)}")
         try:
             answer = slurm(["sbatch", "--parsable", *options, str(script)], environment=outside_job(options))
@@ -266,7 +267,7 @@ class SlurmCluster:
             forget_job(self._run_dir, job)
 
 
-def requeue(job: str, run_dir: Path, settings: Config) -> None:
+def requeue(job: str, run_dir: Path, launch: LaunchConfig) -> None:
     """Let SLURM start ``job`` again, with ``launch.min_nodes`` if it has no more, and on none that the run has excluded.
 
     Any process of the job may call it.
@@ -275,10 +276,10 @@ def requeue(job: str, run_dir: Path, settings: Config) -> None:
         UserError: SLURM does not allow it.
     """
     changed = []
-    if settings.launch.min_nodes is not None:
+    if launch.min_nodes is not None:
         # From root, SLURM takes this as an order and gives the fewest; a user gets as many as are free.
-        changed.append(f"NumNodes={node_range(settings.launch, again=True)}")
-    if excluded := _excluded(settings, run_dir):
+        changed.append(f"NumNodes={node_range(launch, again=True)}")
+    if excluded := _excluded(launch, run_dir):
         changed.append(f"ExcNodeList={','.join(excluded)}")
     with _without_sigterm():
         # All processes of the job get SIGTERM at once, this one included.
@@ -288,7 +289,7 @@ def requeue(job: str, run_dir: Path, settings: Config) -> None:
             slurm(["scontrol", "update", f"JobId={job}", *changed])
 
 
-def orphaned(run_dir: Path, settings: Config) -> None:
+def orphaned(run_dir: Path, launch: LaunchConfig) -> None:
     """Start the run again after the host of its batch script has died; called by a process of the job that is left.
 
     SLURM does not: under --no-kill the job counts as running, without a batch script.
@@ -297,8 +298,8 @@ def orphaned(run_dir: Path, settings: Config) -> None:
         UserError: SLURM does not allow it.
     """
     for job in noted_jobs(run_dir, ["run"]):
-        if settings.launch.slurm.again == "requeue":
-            requeue(job, run_dir, settings)
+        if launch.slurm.again == "requeue":
+            requeue(job, run_dir, launch)
         else:
             slurm(["scancel", job])  # for the next job of a chain this is an end like any other
 
@@ -314,6 +315,6 @@ def _without_sigterm() -> Iterator[None]:
         raise
 
 
-def _excluded(settings: Config, run_dir: Path) -> list[str]:
-    given = settings.launch.slurm.exclude
+def _excluded(launch: LaunchConfig, run_dir: Path) -> list[str]:
+    given = launch.slurm.exclude
     return [*([given] if given else []), *excluded_nodes(run_dir)]

@@ -45,7 +45,7 @@ class Submission:
         Raises:
             UserError: it would not, or a job of this run is queued.
         """
-        check_cluster(self.settings, self.script, self.options)
+        check_cluster(self.settings.launch, self.script, self.options)
         if living := living_jobs(self.run_dir):
             raise UserError(
                 f"run.dir {self.run_dir}: job {', '.join(living)} of this run is in the queue; follow it by "
@@ -184,13 +184,13 @@ def _prepare(request: Request) -> Submission:
     check_settings(settings.launch)
     _check_layouts(settings)
     run_dir = request.workdir / settings.run.folder
-    groups = job_options(settings, run_dir, request.workdir, excluded_nodes(run_dir))
-    script = job_script(groups, settings, run_dir)
+    groups = job_options(settings.launch, settings.run.name, run_dir, request.workdir, excluded_nodes(run_dir))
+    script = job_script(groups, settings.launch.slurm, settings.run.name, run_dir)
     return Submission(run_dir, request, settings, tuple(each for _, group in groups for each in group), script)
 
 
 def _check_layouts(settings: Config) -> None:
-    launch, ranks = settings.launch, ranks_per_node(settings)
+    launch, ranks = settings.launch, ranks_per_node(settings.launch)
     # At full size the config's own layout has to fit; other layouts serve what is left after a loss.
     plan_layout(settings, launch.nodes * ranks)
     sizes = team_sizes(settings)

@@ -58,7 +58,7 @@ def settings(again: str = "requeue", **launch: Any) -> Config:
 
 
 def cluster(folder: Path, *said: list[str], again: str = "requeue", **launch: Any) -> SlurmCluster:
-    mine = SlurmCluster(settings(again, **launch), folder, "7", said[0].append if said else print)
+    mine = SlurmCluster(settings(again, **launch).launch, "tiny", folder, "7", said[0].append if said else print)
     mine.nodes_present(["n1", "n2"])
     return mine
 
@@ -204,5 +204,5 @@ def test_jobs_that_a_dead_supervisor_left_are_cancelled(folder: Path) -> None:
 )
 def test_who_is_left_of_a_dead_supervisor_ends_its_job(again: str, call: str, folder: Path, sigterm: None) -> None:
     note_job(folder, "7", "run")
-    orphaned(folder, settings(again))
+    orphaned(folder, settings(again).launch)
     assert asked(folder, "scontrol", "scancel") == [call]

@@ -24,7 +24,12 @@ def config(slurm: dict[str, Any] | None = None, **launch: Any) -> Config:
 def script(
     settings: Config, run_dir: Path = Path("/scratch/runs/tiny"), workdir: Path = Path("/home/me"), **more: Any
 ) -> str:
-    return job_script(job_options(settings, run_dir, workdir, **more), settings, run_dir)
+    return job_script(
+        job_options(settings.launch, settings.run.name, run_dir, workdir, **more),
+        settings.launch.slurm,
+        settings.run.name,
+        run_dir,
+    )
 
 
 def directives(text: str) -> list[str]:
@@ -138,12 +143,16 @@ def test_setup_comes_before_the_start() -> None:
 
 def test_a_helper_job_asks_for_what_the_job_asks_and_spares_its_nodes() -> None:
     settings = config({"partition": "gpu", "exclude": "bad", "time": "10:00:00"}, nodes=4, gpus_per_node=8)
-    options = helper_options(settings, Path("/runs/tiny"), Path("/home"), 3, ["n1", "n2"], seconds=5000)
-    given = directives(helper_script(options, settings, Path("/runs/tiny")))
+    options = helper_options(
+        settings.launch, settings.run.name, Path("/runs/tiny"), Path("/home"), 3, ["n1", "n2"], seconds=5000
+    )
+    given = directives(helper_script(options, settings.launch.slurm, settings.run.name, Path("/runs/tiny")))
     for option in ("--partition=gpu", "--exclude=bad,n1,n2", "--nodes=1-3", "--gres=gpu:8", "--exclusive", "--no-requeue"):
         assert option in given
     assert "--time=84" in given, "no longer than the job that it helps, which the partition may not allow"
-    endless = helper_options(settings, Path("/runs/tiny"), Path("/home"), 1, [], seconds=float("inf"))
+    endless = helper_options(
+        settings.launch, settings.run.name, Path("/runs/tiny"), Path("/home"), 1, [], seconds=float("inf")
+    )
     assert not [option for _, group in endless for option in group if option.startswith("--time")]
 
 
