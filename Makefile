@@ -21,7 +21,7 @@ demo: $(INSTALLED) ## Make shards, train a small model on 4 processes, kill one,
 	$(BIN)/megamoe demo
 
 test: $(INSTALLED) ## Run all tests but those marked nightly
-	$(BIN)/python -m pytest -q -n $(WORKERS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --no-loadscope-reorder
 
 chaos: $(INSTALLED) ## Run 100 trainings under random faults (hours; goes on where it was); rewrite docs/chaos.md
 	$(BIN)/python -m benchmarks.chaos --json data/chaos/results.json --page docs/chaos.md

@@ -16,7 +16,7 @@ from launcher.workers.guard import Guard, kill_groups
 from launcher.workers.output import Output, Tee
 from launcher.workers.placement import Place, environment
 from launcher.workers.rank_group import RankGroup
-from megamoe.core.rank_end import END_VARIABLE
+from megamoe.core.rank_end import END_VARIABLE, unfinished_reports
 from megamoe.core.run_folder import AttemptFolder
 
 
@@ -94,8 +94,10 @@ class Ranks(RankGroup):
         """Kill what is left of the ranks and of their children."""
         # Kill whole groups, also those of ranks that have ended: their data workers may live on.
         kill_groups(self.pids.values())
-        for process in self._processes.values():
+        for rank, process in self._processes.items():
             process.wait()
+            for unfinished in unfinished_reports(self.folder.end(rank)):
+                unfinished.unlink(missing_ok=True)
         for tee in self._tees:
             tee.finish()
         self._guard.watch([])

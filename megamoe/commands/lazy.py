@@ -30,13 +30,13 @@ class LazyGroup(click.Group):
         self._verbs = verbs
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order of the help."""
-        return list(self._verbs)
+        """Return the names in the order of the help, with commands that were added at the end."""
+        return [*self._verbs, *super().list_commands(ctx)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the verb; return None if there is none of this name."""
         if cmd_name not in self._verbs:
-            return None
+            return super().get_command(ctx, cmd_name)
         module, attribute = self._verbs[cmd_name].place.split(":")
         command: click.Command = getattr(import_module(module), attribute)
         return command

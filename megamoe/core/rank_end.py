@@ -91,8 +91,16 @@ def report_end(
     # No fsync and no error: a full or slow disk must not keep a rank from ending. A report that is missing or cut short
     # costs a message, since the exit status says what to do.
     with suppress(OSError):
-        temporary.write_text(json.dumps(asdict(end)) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        try:
+            temporary.write_text(json.dumps(asdict(end)) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+
+
+def unfinished_reports(path: Path) -> list[Path]:
+    """List what ranks that were killed while they wrote the report ``path`` have left of it."""
+    return list(path.parent.glob(f".{path.name}.*.tmp"))
 
 
 def read_end(path: Path, pid: int) -> RankEnd | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megamoe.core.exit_status import FAILED, HUNG, REQUEST_IS_WRONG, STOPPED
-from megamoe.core.rank_end import END_VARIABLE, EndKind, RankEnd, read_end, report_end
+from megamoe.core.rank_end import END_VARIABLE, EndKind, RankEnd, read_end, report_end, unfinished_reports
 from tests.training import ROOT, small_config, write_config
 
 
@@ -117,3 +117,22 @@ def test_a_rank_that_is_told_to_stop_before_its_first_step_reports_it(path: Path
     end = read_end(path, process.pid)
     assert end is not None and end.kind is EndKind.STOPPED
     assert end.message == "rank 1: SIGTERM before the first step: nothing to save"
+
+
+def test_what_a_killed_rank_left_of_a_report_is_found_and_a_failed_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rank-00000.end.json"
+    half_written = tmp_path / ".rank-00000.end.json.12.34.tmp"
+    half_written.touch()
+    (tmp_path / ".rank-00001.end.json.12.34.tmp").touch()
+    assert unfinished_reports(path) == [half_written]
+
+    def full(self: Path, *_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    half_written.unlink()
+    monkeypatch.setenv(END_VARIABLE, str(path))
+    monkeypatch.setattr(Path, "replace", full)
+    report_end(1, "failed")
+    assert unfinished_reports(path) == [] and not path.exists()
