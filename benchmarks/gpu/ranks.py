@@ -1,6 +1,6 @@
 """Parity of several ranks that share the one GPU, their messages through host memory (see ``staged.py``).
 
-python -m benchmarks.gpu.ranks FILE LAYOUT      one of the ranks, started by the part
+python -m benchmarks.gpu.ranks FILE LAYOUT STEPS      one of the ranks, started by the part
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gpu.context import ROOT, Context
-from benchmarks.gpu.parity import EXPECTED, FP32, demo, differences, train
+from benchmarks.gpu.parity import EXPECTED, FP32, STEPS, demo, differences, train
 from benchmarks.gpu.staged import stage_collectives
 
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -29,7 +29,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 
 def measure(context: Context) -> None:
-    """Record for each layout how far ten steps in fp32 are from the CPU's."""
+    """Record for each layout how far the steps in fp32 are from the CPU's."""
     expected = json.loads(EXPECTED.read_text(encoding="utf-8"))
     holds = True
     for number, (layout, (ranks, _)) in enumerate(list(LAYOUTS.items())[: 1 if context.tiny else None]):
@@ -54,7 +54,7 @@ def _run(context: Context, layout: str, ranks: int, path: Path) -> str | None:
         port = str(free.getsockname()[1])
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu.ranks", str(path), layout],
+            [sys.executable, "-m", "benchmarks.gpu.ranks", str(path), layout, str(3 if context.tiny else STEPS)],
             cwd=ROOT,
             # All take GPU 0: to each it is the only one of its machine.
             env=context.environment(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", MASTER_PORT=port),
@@ -80,7 +80,7 @@ def _run(context: Context, layout: str, ranks: int, path: Path) -> str | None:
 
 def main() -> None:
     """Be one rank."""
-    path, layout = Path(sys.argv[1]), sys.argv[2]
+    path, layout, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     # On a CPU there is nothing to stage; there it is done all the same, so that the way is tried.
@@ -90,7 +90,7 @@ def main() -> None:
     from megamoe.parallel.deepspeed.process_group import joined_world
 
     with joined_world() as device:
-        rows = train(demo(*LAYOUTS[layout][1]), device)
+        rows = train(demo(*LAYOUTS[layout][1]), device, steps)
         if os.environ["RANK"] == "0":
             path.write_text(json.dumps(rows), encoding="utf-8")
         dist.barrier()
