@@ -1,4 +1,4 @@
-"""What each part is given: the device, where to write, and a clock that knows the device."""
+"""Surroundings of a part: the device, where to write, and a clock that waits for the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the machine can do at best: matrix products, copies, launches of kernels, the disk."""
+"""Measure the machine's limits: matrix products, copies, launches of kernels, the disk."""
 
 from __future__ import annotations
 

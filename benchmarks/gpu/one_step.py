@@ -85,7 +85,7 @@ def _summarise(context: Context, profiler: Any) -> None:
 
 
 def _gaps(profiler: Any) -> dict[str, float]:
-    """How long no kernel runs, between the first and the last one; times in seconds."""
+    """Measure how long no kernel runs between the first and the last one, in seconds."""
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in profiler.events()

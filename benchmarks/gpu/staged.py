@@ -23,10 +23,10 @@ _RESULT = {
 
 
 class _Done:
-    """What an asynchronous call returns when all of it is done already."""
+    """The handle of an asynchronous call that is complete already."""
 
     def wait(self, *_: object) -> bool:
-        """Nothing to wait for."""
+        """Return at once."""
         return True
 
     def is_completed(self) -> bool:
